@@ -1,0 +1,703 @@
+//! The gate: regions shared by any number of threads, shut by one forker at a time (G1-G5, G11).
+//!
+//! Pure protocol: no system call but through `sync`, no static. loom compiles this file as it is.
+//!
+//! # States
+//! `word` holds one of three states and an epoch that every change moves on:
+//!
+//! | state    | an outermost region            | who leaves the state                              |
+//! |----------|--------------------------------|---------------------------------------------------|
+//! | `OPEN`   | begins                         | the role's holder: `shut`                         |
+//! | `FENCED` | begins, with a fence of its own | the same (membarrier was refused once, for good) |
+//! | `SHUT`   | waits; a nested one begins     | the forker; a waiter past `deadline` (G11)        |
+//!
+//! A thread's seat (`Slot`) holds how deep it is in regions; only that thread writes it. The forker holds the *role*
+//! from its first try to its parent handler, gate open or shut, so that hooks are run by one forker at a time.
+//!
+//! # The fence
+//! Entering stores `depth`, then loads `word`; shutting stores `word`, then loads every `depth`. One of the two must
+//! see the other's store. The forker's `heavy_fence` (membarrier) makes both sides' accesses ordered, so that a
+//! region costs no fence of its own. The same pairing serves `leave` against a forker that goes to sleep.
+
+use crate::sync::{
+    self, ANY, AtomicPtr, AtomicU32, AtomicU64, Ordering, Wake, fence, heavy_fence, light_fence,
+};
+use std::panic::Location;
+
+use Ordering::{AcqRel, Acquire, Relaxed, Release, SeqCst};
+
+const STATE: u32 = 3;
+const OPEN: u32 = 1;
+const FENCED: u32 = 2;
+const SHUT: u32 = 3;
+const EPOCH: u32 = 4;
+
+/// One region of the user's own making (`NoForking`, an initialiser, a care-fd's opening).
+pub(crate) const GUARD: u64 = 1;
+/// One held lock of section L.
+pub(crate) const LOCK: u64 = 1 << 32;
+
+/// The first time that a pending fork keeps others out, in ns; doubles up to `LAST_BOUND` (G11).
+pub(crate) const FIRST_BOUND: u64 = 1_000_000;
+/// The longest that a pending fork keeps others out at a time, and the bound after commitment.
+pub(crate) const LAST_BOUND: u64 = 100_000_000;
+/// How long a forker lets those in first that an earlier fork kept waiting (G3).
+const COURTESY: u64 = 1_000_000;
+/// How often a forker looks again before it sleeps: regions end in nanoseconds, a sleep costs microseconds.
+const LOOKS: u32 = if cfg!(loom) { 0 } else { 200 };
+
+// What a thread has to do with forking.
+/// Not forking.
+const NONE: u32 = 0;
+/// In a coordinated fork, not yet in carefork's prepare handler (other libraries' handlers come first).
+const ENTERED: u32 = 1;
+/// Waits for the role.
+const QUEUED: u32 = 2;
+/// Holds the role.
+const OWNER: u32 = 3;
+
+/// A seat without a thread.
+pub(crate) const VACANT: u32 = 0;
+/// A seat whose thread was left behind by a dirty fork or a bypass: its locks are held for ever, it is not given out again.
+pub(crate) const GHOST: u32 = u32::MAX;
+
+/// One thread's seat. 128 bytes of its own, so that no two threads write the same cache line (nor its prefetched twin).
+#[repr(align(128))]
+#[derive(Debug)]
+pub(crate) struct Slot {
+    /// `GUARD`s and `LOCK`s this thread is in. Written by its own thread only.
+    depth: AtomicU64,
+    /// `VACANT`, `GHOST` or the thread's tid.
+    pub(crate) tid: AtomicU32,
+    /// This seat's number, from 1; set before the seat is first given out. What a lock word names its owner by.
+    pub(crate) id: AtomicU32,
+    fork: AtomicU32,
+    ticket: AtomicU32,
+    /// The id of the owner of the lock that this thread, inside a region, waits for; 0 if none.
+    waits_for: AtomicU32,
+    /// Moves on with each look at that lock.
+    looked: AtomicU32,
+    waits_at: AtomicPtr<u32>,
+    /// Where the outermost region was entered, in builds that record it.
+    pub(crate) entered: AtomicPtr<Location<'static>>,
+    /// The thread's name as it was when the seat was taken, as two words.
+    pub(crate) name: [AtomicU64; 2],
+    /// The coordinated fork in progress on this thread (fork.rs), null if none.
+    pub(crate) request: AtomicPtr<()>,
+}
+
+impl Slot {
+    #[cfg(not(loom))]
+    pub(crate) const fn new() -> Self {
+        Self {
+            depth: AtomicU64::new(0),
+            tid: AtomicU32::new(VACANT),
+            id: AtomicU32::new(0),
+            fork: AtomicU32::new(NONE),
+            ticket: AtomicU32::new(0),
+            waits_for: AtomicU32::new(0),
+            looked: AtomicU32::new(0),
+            waits_at: AtomicPtr::new(std::ptr::null_mut()),
+            entered: AtomicPtr::new(std::ptr::null_mut()),
+            name: [const { AtomicU64::new(0) }; 2],
+            request: AtomicPtr::new(std::ptr::null_mut()),
+        }
+    }
+
+    /// A taken seat for a model (loom's atomics cannot be const).
+    #[cfg(loom)]
+    pub(crate) fn new(id: u32) -> Self {
+        Self {
+            depth: AtomicU64::new(0),
+            tid: AtomicU32::new(id),
+            id: AtomicU32::new(id),
+            fork: AtomicU32::new(NONE),
+            ticket: AtomicU32::new(0),
+            waits_for: AtomicU32::new(0),
+            looked: AtomicU32::new(0),
+            waits_at: AtomicPtr::new(std::ptr::null_mut()),
+            entered: AtomicPtr::new(std::ptr::null_mut()),
+            name: [AtomicU64::new(0), AtomicU64::new(0)],
+            request: AtomicPtr::new(std::ptr::null_mut()),
+        }
+    }
+
+    #[inline(always)]
+    pub(crate) fn id(&self) -> u32 {
+        self.id.load(Relaxed)
+    }
+
+    /// Guards and locks together.
+    #[inline(always)]
+    pub(crate) fn depth(&self) -> u64 {
+        self.depth.load(Relaxed)
+    }
+
+    /// Inside a `GUARD` region.
+    pub(crate) fn in_guard(&self) -> bool {
+        self.depth() % LOCK != 0
+    }
+
+    /// This thread is in no region but one of `kind`.
+    #[inline(always)]
+    pub(crate) fn only(&self, kind: u64) -> bool {
+        self.depth() == kind
+    }
+
+    /// For a thread's end, `force_unlock` and the child: as if never entered. The caller calls `Gate::left`.
+    pub(crate) fn clear(&self) {
+        self.depth.store(0, Release);
+        self.waits_for.store(0, Relaxed);
+        self.fork.store(NONE, Relaxed);
+        self.request.store(std::ptr::null_mut(), Relaxed);
+    }
+
+    pub(crate) fn clear_guards(&self) {
+        let d = self.depth();
+        self.depth.store(d - d % LOCK, Release);
+    }
+
+    /// A coordinated fork begins or ends on this thread; seen by a forker that meets this seat in a region.
+    pub(crate) fn set_entered(&self, on: bool) {
+        self.fork.store(if on { ENTERED } else { NONE }, Release);
+    }
+
+    /// Between taking the role and giving it back: hooks run on this thread.
+    pub(crate) fn is_forking(&self) -> bool {
+        matches!(self.fork.load(Relaxed), QUEUED | OWNER)
+    }
+
+    pub(crate) fn is_ghost(&self) -> bool {
+        self.tid.load(Relaxed) == GHOST
+    }
+}
+
+/// The seats of a process.
+pub(crate) trait Seats {
+    /// Calls `f` on each seat ever given out until it answers false.
+    fn each(&self, f: impl FnMut(&Slot) -> bool);
+    /// The seat with that id, if it was ever given out.
+    fn seat(&self, id: u32) -> Option<&Slot>;
+}
+
+/// Who kept a fork waiting, copied without allocation.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct Seen {
+    pub(crate) tid: u32,
+    pub(crate) name: [u64; 2],
+    pub(crate) entered: Option<&'static Location<'static>>,
+}
+
+/// How many threads a report names.
+pub(crate) const NAMED: usize = 8;
+
+/// What a look round the seats found.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct Busy {
+    /// Threads in a region, other than the one that looked.
+    pub(crate) count: usize,
+    /// The first few of them.
+    pub(crate) seen: [Option<Seen>; NAMED],
+    /// One of them waits for the role itself (G5).
+    queued: bool,
+    /// One of them is in a coordinated fork, in another library's handler.
+    pub(crate) entered: bool,
+    /// One of them waits for a lock that the one who looked holds: id and look number.
+    waits_for_me: Option<(u32, u32)>,
+}
+
+impl Busy {
+    pub(crate) const NONE: Busy =
+        Busy { count: 0, seen: [None; NAMED], queued: false, entered: false, waits_for_me: None };
+}
+
+/// How waiting for the regions to end went.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Drain {
+    /// Nobody else is in a region and the gate is still shut.
+    Drained,
+    /// The bound passed.
+    TimedOut,
+    /// A waiter reopened the gate.
+    Reopened,
+    /// A thread that holds a lock wants to fork: it goes first.
+    GiveWay,
+    /// That thread and this one each hold something the other waits for.
+    Deadlock,
+}
+
+#[derive(Debug)]
+pub(crate) struct Gate<S> {
+    word: AtomicU32,
+    /// `OPEN` or `FENCED`: what an opening puts into `word`.
+    mode: AtomicU32,
+    /// When a waiter may reopen a shut gate.
+    deadline: AtomicU64,
+    /// Threads kept waiting at the gate and not let in yet.
+    waiters: AtomicU32,
+    /// A forker waits for `waiters` to become 0.
+    courteous: AtomicU32,
+    /// Moves on when a region ends at a shut gate; the forker sleeps on it.
+    drain: AtomicU32,
+    sleeping: AtomicU32,
+    /// The id of the role's holder; 0 if free.
+    role: AtomicU32,
+    queued: AtomicU32,
+    tickets: AtomicU32,
+    /// How often a waiter reopened the gate, and the whole time regions waited, for `stats`.
+    pub(crate) reopened: AtomicU64,
+    pub(crate) seats: S,
+}
+
+impl<S: Seats> Gate<S> {
+    #[cfg(not(loom))]
+    pub(crate) const fn new(seats: S) -> Self {
+        Self {
+            word: AtomicU32::new(OPEN),
+            mode: AtomicU32::new(OPEN),
+            deadline: AtomicU64::new(0),
+            waiters: AtomicU32::new(0),
+            courteous: AtomicU32::new(0),
+            drain: AtomicU32::new(0),
+            sleeping: AtomicU32::new(0),
+            role: AtomicU32::new(0),
+            queued: AtomicU32::new(0),
+            tickets: AtomicU32::new(0),
+            reopened: AtomicU64::new(0),
+            seats,
+        }
+    }
+
+    #[cfg(loom)]
+    pub(crate) fn new(seats: S) -> Self {
+        Self {
+            word: AtomicU32::new(OPEN),
+            mode: AtomicU32::new(OPEN),
+            deadline: AtomicU64::new(0),
+            waiters: AtomicU32::new(0),
+            courteous: AtomicU32::new(0),
+            drain: AtomicU32::new(0),
+            sleeping: AtomicU32::new(0),
+            role: AtomicU32::new(0),
+            queued: AtomicU32::new(0),
+            tickets: AtomicU32::new(0),
+            reopened: AtomicU64::new(0),
+            seats,
+        }
+    }
+
+    // -- regions
+
+    /// Begins a region of `kind`; an outermost one waits while the gate is shut. True if it was outermost.
+    #[inline(always)]
+    pub(crate) fn enter(&self, me: &Slot, kind: u64) -> bool {
+        let d = me.depth.load(Relaxed);
+        me.depth.store(d + kind, Relaxed);
+        if d != 0 {
+            return false;
+        }
+        light_fence();
+        // Acquire pairs with the opening's Release: this region sees what the forker's hooks left.
+        if self.word.load(Acquire) & STATE != OPEN {
+            self.enter_slow(me, kind, None);
+        }
+        true
+    }
+
+    /// `enter` with an end to the waiting; false, and no region, when it passes.
+    pub(crate) fn enter_until(&self, me: &Slot, kind: u64, deadline: Option<u64>) -> bool {
+        let d = me.depth.load(Relaxed);
+        me.depth.store(d + kind, Relaxed);
+        if d != 0 {
+            return true;
+        }
+        light_fence();
+        self.word.load(Acquire) & STATE == OPEN || self.enter_slow(me, kind, deadline)
+    }
+
+    /// Begins a region unless the gate is shut. Never waits. Async-signal-safe.
+    ///
+    /// A nested one looks at the gate too: a signal may have come between the outer region's store of `depth` and its
+    /// look at the gate, where `depth` says more than is true yet.
+    pub(crate) fn try_enter(&self, me: &Slot, kind: u64) -> bool {
+        let d = me.depth.load(Relaxed);
+        me.depth.store(d + kind, Relaxed);
+        fence(SeqCst);
+        if self.word.load(Acquire) & STATE != SHUT || self.role.load(Relaxed) == me.id() {
+            return true;
+        }
+        me.depth.store(d, Release);
+        self.left();
+        false
+    }
+
+    #[cold]
+    #[inline(never)]
+    fn enter_slow(&self, me: &Slot, kind: u64, deadline: Option<u64>) -> bool {
+        // In FENCED mode this fence is the region's half; it pairs with the one in `shut`.
+        fence(SeqCst);
+        if self.word.load(Acquire) & STATE != SHUT {
+            return true;
+        }
+        // The forker itself: its hooks and other libraries' handlers may use regions. Only this thread writes its id here.
+        if self.role.load(Relaxed) == me.id() {
+            return true;
+        }
+        // Counted before stepping back, so that a forker never sees neither.
+        self.waiters.fetch_add(1, SeqCst);
+        let entered = loop {
+            me.depth.store(0, Release);
+            self.left();
+            if !self.wait_open(deadline) {
+                break false;
+            }
+            me.depth.store(kind, Relaxed);
+            fence(SeqCst);
+            if self.word.load(Acquire) & STATE != SHUT {
+                break true;
+            }
+        };
+        if self.waiters.fetch_sub(1, SeqCst) == 1 && self.courteous.load(SeqCst) != 0 {
+            sync::futex_wake(&self.waiters, u32::MAX, ANY);
+        }
+        entered
+    }
+
+    /// Waits while the gate is shut; reopens it when the forker's time is up (G11).
+    fn wait_open(&self, deadline: Option<u64>) -> bool {
+        loop {
+            // Acquire: the `deadline` that goes with this word was stored before it.
+            let w = self.word.load(Acquire);
+            if w & STATE != SHUT {
+                return true;
+            }
+            let bound = self.deadline.load(Relaxed);
+            let now = sync::now();
+            if now >= bound {
+                if self.reopen(w) {
+                    self.reopened.fetch_add(1, Relaxed);
+                }
+                continue;
+            }
+            if deadline.is_some_and(|d| now >= d) {
+                return false;
+            }
+            let until = deadline.map_or(bound, |d| d.min(bound));
+            sync::futex_wait(&self.word, w, ANY, Some(until));
+        }
+    }
+
+    /// Ends a region of `kind`.
+    #[inline(always)]
+    pub(crate) fn leave(&self, me: &Slot, kind: u64) {
+        let d = me.depth.load(Relaxed);
+        // Release pairs with the look round in `look`: the forker, and so the child, sees what this region did.
+        me.depth.store(d - kind, Release);
+        if d == kind {
+            light_fence();
+            if self.word.load(Relaxed) & STATE != OPEN {
+                self.left();
+            }
+        }
+    }
+
+    /// A seat became free of regions by other means than `leave`, or `leave` found the gate not plainly open.
+    #[cold]
+    #[inline(never)]
+    pub(crate) fn left(&self) {
+        fence(SeqCst);
+        if self.word.load(Relaxed) & STATE == SHUT {
+            self.nudge();
+        }
+    }
+
+    /// The forker that waits for regions looks again.
+    fn nudge(&self) {
+        // Pairs with `drain`: either the forker's look round sees the seat, or it sees the count moved, or this sees it asleep.
+        self.drain.fetch_add(1, SeqCst);
+        if self.sleeping.load(SeqCst) != 0 {
+            sync::futex_wake(&self.drain, 1, ANY);
+        }
+    }
+
+    // -- locks
+
+    /// The calling thread, inside a region that is not this lock's own, is about to wait for a lock that `owner` holds.
+    pub(crate) fn waits(&self, me: &Slot, owner: u32, at: *const u32) {
+        me.waits_at.store(at.cast_mut(), Relaxed);
+        me.looked.store(me.looked.load(Relaxed).wrapping_add(1), Relaxed);
+        // Release pairs with the Acquire in `look`: who sees the owner sees the address.
+        me.waits_for.store(owner, Release);
+        if self.role.load(Relaxed) == owner {
+            self.nudge();
+        }
+    }
+
+    pub(crate) fn waits_no_more(&self, me: &Slot) {
+        me.waits_for.store(0, Relaxed);
+    }
+
+    /// Whether the owner of a lock is a thread that a dirty fork or a bypass left behind.
+    pub(crate) fn is_ghost(&self, id: u32) -> bool {
+        self.seats.seat(id).is_some_and(Slot::is_ghost)
+    }
+
+    // -- the role
+
+    /// Waits for the role: the holder of a lock before others (G5), then first come, first served. False when `deadline`
+    /// passes.
+    pub(crate) fn take_role(&self, me: &Slot, deadline: Option<u64>) -> bool {
+        me.ticket.store(self.tickets.fetch_add(1, Relaxed), Relaxed);
+        me.fork.store(QUEUED, SeqCst);
+        self.queued.fetch_add(1, SeqCst);
+        if me.depth() != 0 {
+            self.nudge();
+        }
+        let mut patient = true;
+        let got = loop {
+            let holder = self.role.load(Acquire);
+            if holder == 0 && (!patient || self.first_in_line(me)) {
+                // Acquire pairs with `drop_role`'s Release: the hook list is as the last holder left it.
+                if self.role.compare_exchange(0, me.id(), SeqCst, Relaxed).is_ok() {
+                    break true;
+                }
+                continue;
+            }
+            // A free role that another is to take: it is awake, or will be in a moment.
+            let until = match (holder, deadline) {
+                (0, d) => Some(d.unwrap_or(u64::MAX).min(sync::now() + COURTESY)),
+                (_, d) => d,
+            };
+            let woke = sync::futex_wait(&self.role, holder, ANY, until);
+            if woke == Wake::TimedOut {
+                if deadline.is_some_and(|d| sync::now() >= d) {
+                    break false;
+                }
+                patient = false;
+            }
+        };
+        self.queued.fetch_sub(1, SeqCst);
+        me.fork.store(if got { OWNER } else { NONE }, SeqCst);
+        if !got {
+            // Others may have waited for this thread to take its turn.
+            sync::futex_wake(&self.role, u32::MAX, ANY);
+        }
+        got
+    }
+
+    /// Takes the role if it is free; for the registration of hooks, outside a fork.
+    pub(crate) fn try_role(&self, me: &Slot) -> bool {
+        self.role.compare_exchange(0, me.id(), SeqCst, Relaxed).is_ok()
+    }
+
+    pub(crate) fn drop_role(&self, me: &Slot) {
+        me.fork.store(NONE, Relaxed);
+        self.release_role();
+    }
+
+    fn release_role(&self) {
+        self.role.store(0, SeqCst);
+        if self.queued.load(SeqCst) != 0 {
+            sync::futex_wake(&self.role, u32::MAX, ANY);
+        }
+    }
+
+    fn first_in_line(&self, me: &Slot) -> bool {
+        if self.queued.load(SeqCst) <= 1 {
+            return true;
+        }
+        let (mine, holds) = (me.ticket.load(Relaxed), me.depth() != 0);
+        let mut first = true;
+        self.seats.each(|s| {
+            if !std::ptr::eq(s, me) && s.fork.load(SeqCst) == QUEUED {
+                let theirs = s.depth.load(Relaxed) != 0;
+                let older = s.ticket.load(Relaxed).wrapping_sub(mine) > u32::MAX / 2;
+                first &= !((theirs && !holds) || (theirs == holds && older));
+            }
+            first
+        });
+        first
+    }
+
+    // -- the forker; all of these need the role
+
+    /// Those whom the last fork kept waiting get in before this one shuts (G3), for as long as `COURTESY`.
+    pub(crate) fn courtesy(&self) {
+        let waiting = self.waiters.load(SeqCst);
+        if waiting == 0 {
+            return;
+        }
+        let until = sync::now() + COURTESY;
+        self.courteous.store(1, SeqCst);
+        loop {
+            let waiting = self.waiters.load(SeqCst);
+            if waiting == 0
+                || sync::futex_wait(&self.waiters, waiting, ANY, Some(until)) == Wake::TimedOut
+            {
+                break;
+            }
+        }
+        self.courteous.store(0, Relaxed);
+    }
+
+    /// Shuts the gate; from here on no other thread begins an outermost region. The word that says so.
+    pub(crate) fn shut(&self, bound: u64) -> u32 {
+        self.deadline.store(sync::now().saturating_add(bound), Relaxed);
+        let open = self.word.load(Relaxed);
+        debug_assert_ne!(open & STATE, SHUT, "only the role's holder shuts");
+        let shut = (open & !STATE).wrapping_add(EPOCH) | SHUT;
+        // SeqCst, with the fence below: the other half of `enter` and `leave`.
+        self.word.store(shut, SeqCst);
+        if self.mode.load(Relaxed) == FENCED {
+            fence(SeqCst);
+        } else if !heavy_fence() {
+            self.mode.store(FENCED, SeqCst);
+            sync::fence_by_other_means();
+        }
+        shut
+    }
+
+    /// Opens a gate that is still shut by `shut`; false if somebody was faster.
+    pub(crate) fn reopen(&self, shut: u32) -> bool {
+        let open = (shut & !STATE).wrapping_add(EPOCH) | self.mode.load(Relaxed);
+        let mine = self.word.compare_exchange(shut, open, AcqRel, Relaxed).is_ok();
+        if mine {
+            sync::futex_wake(&self.word, u32::MAX, ANY);
+        }
+        mine
+    }
+
+    pub(crate) fn still_shut(&self, shut: u32) -> bool {
+        self.word.load(Acquire) == shut
+    }
+
+    /// Waits until no other thread is in a region, at most until `until`.
+    pub(crate) fn drain(&self, me: &Slot, shut: u32, until: u64, busy: &mut Busy) -> Drain {
+        let mut looks = 0;
+        let mut asked: Option<(u32, u32)> = None;
+        let end = loop {
+            let dozing = looks >= LOOKS;
+            if dozing {
+                self.sleeping.store(1, SeqCst);
+            }
+            let seen = self.drain.load(SeqCst);
+            self.look(me, busy);
+            if busy.count == 0 {
+                // A waiter may have reopened before the look, and its region ended already: not drained.
+                break if self.still_shut(shut) { Drain::Drained } else { Drain::Reopened };
+            }
+            if !self.still_shut(shut) {
+                break Drain::Reopened;
+            }
+            if busy.queued {
+                // Another thread in a region wants to fork too: who holds nothing lets it go first (G5).
+                break if me.depth() == 0 { Drain::GiveWay } else { Drain::Deadlock };
+            }
+            match (busy.waits_for_me, asked) {
+                (Some((who, look)), Some((asked, old))) if who == asked && look != old => {
+                    break Drain::Deadlock;
+                }
+                (Some((who, look)), None) => {
+                    // What it published may be old: make it look at its lock again.
+                    asked = Some((who, look));
+                    if let Some(s) = self.seats.seat(who) {
+                        sync::futex_wake_at(s.waits_at.load(Relaxed));
+                    }
+                }
+                _ => {}
+            }
+            if dozing {
+                if sync::futex_wait(&self.drain, seen, ANY, Some(until)) == Wake::TimedOut {
+                    break Drain::TimedOut;
+                }
+            } else {
+                looks += 1;
+                sync::spin_loop();
+            }
+        };
+        self.sleeping.store(0, Relaxed);
+        end
+    }
+
+    /// A look round the seats of all other threads.
+    pub(crate) fn look(&self, me: &Slot, busy: &mut Busy) {
+        *busy = Busy::NONE;
+        self.seats.each(|s| {
+            // Acquire pairs with `leave`'s Release. A ghost's depth is no region.
+            if std::ptr::eq(s, me) || s.depth.load(Acquire) == 0 || s.is_ghost() {
+                return true;
+            }
+            if busy.count < NAMED {
+                busy.seen[busy.count] = Some(Seen {
+                    tid: s.tid.load(Relaxed),
+                    name: [s.name[0].load(Relaxed), s.name[1].load(Relaxed)],
+                    entered: location(&s.entered),
+                });
+            }
+            busy.count += 1;
+            match s.fork.load(SeqCst) {
+                QUEUED => busy.queued = true,
+                ENTERED => busy.entered = true,
+                _ => {}
+            }
+            if me.depth() != 0 && s.waits_for.load(Acquire) == me.id() {
+                busy.waits_for_me = Some((s.id(), s.looked.load(Relaxed)));
+            }
+            true
+        });
+    }
+
+    /// The role goes to the thread that holds something; this one queues again behind it.
+    pub(crate) fn requeue(&self, me: &Slot, deadline: Option<u64>) -> bool {
+        self.release_role();
+        self.take_role(me, deadline)
+    }
+
+    /// The gate is shut and every hook prepared: waiters give the fork `LAST_BOUND` from here.
+    pub(crate) fn commit(&self, shut: u32) -> bool {
+        self.deadline.store(sync::now().saturating_add(LAST_BOUND), Relaxed);
+        self.still_shut(shut)
+    }
+
+    /// Leaves the gate open for `ns` and comes back early if a thread that holds something wants to fork.
+    pub(crate) fn rest(&self, me: &Slot, ns: u64) {
+        let until = sync::now().saturating_add(ns);
+        let mut busy = Busy::NONE;
+        self.sleeping.store(1, SeqCst);
+        loop {
+            let seen = self.drain.load(SeqCst);
+            self.look(me, &mut busy);
+            if busy.queued
+                || sync::futex_wait(&self.drain, seen, ANY, Some(until)) == Wake::TimedOut
+            {
+                break;
+            }
+        }
+        self.sleeping.store(0, Relaxed);
+    }
+
+    /// In the child, where nobody else is: every word as if new, whatever it was copied as. Seats are the table's to mend.
+    ///
+    /// Overwriting, not undoing: a count or a bit that a thread left behind would stay for ever.
+    pub(crate) fn reset(&self) {
+        let w = self.word.load(Relaxed);
+        self.word.store((w & !STATE).wrapping_add(EPOCH) | self.mode.load(Relaxed), Relaxed);
+        for word in [&self.waiters, &self.courteous, &self.drain, &self.sleeping, &self.role, &self.queued] {
+            word.store(0, Relaxed);
+        }
+        fence(SeqCst);
+    }
+
+    /// Membarrier is not to be had from the start: every region carries its own fence. Before any region.
+    pub(crate) fn use_fences(&self) {
+        self.mode.store(FENCED, SeqCst);
+        self.word.store(FENCED, SeqCst);
+    }
+}
+
+fn location(p: &AtomicPtr<Location<'static>>) -> Option<&'static Location<'static>> {
+    let p = p.load(Relaxed);
+    // SAFETY: only addresses of `&'static Location` (or null) are ever stored in a seat's `entered` (runtime.rs).
+    #[allow(unsafe_code)]
+    unsafe { p.as_ref() }
+}

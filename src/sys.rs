@@ -1,0 +1,387 @@
+//! Every system call, and EINTR, live here and nowhere else.
+//!
+//! All functions are async-signal-safe and allocate nothing. Those that may run inside somebody's libc call or in a
+//! signal handler (futex, membarrier, mapping, identity) leave errno as they found it.
+
+#![allow(unsafe_code)]
+
+use std::io;
+use std::os::fd::{AsRawFd, BorrowedFd, FromRawFd, OwnedFd, RawFd};
+use std::sync::atomic::AtomicU32;
+
+/// Runs `f` and puts errno back as it was.
+fn keep_errno<R>(f: impl FnOnce() -> R) -> R {
+    let saved = errno();
+    let r = f();
+    set_errno(saved);
+    r
+}
+
+pub(crate) fn errno() -> i32 {
+    // SAFETY: the location is the calling thread's own and lives as long as the thread.
+    unsafe { *libc::__errno_location() }
+}
+
+pub(crate) fn set_errno(e: i32) {
+    // SAFETY: as in `errno`.
+    unsafe { *libc::__errno_location() = e }
+}
+
+/// -1 becomes the error that errno names.
+fn cerr(r: libc::c_long) -> io::Result<libc::c_long> {
+    if r == -1 { Err(io::Error::from_raw_os_error(errno())) } else { Ok(r) }
+}
+
+fn retry(mut f: impl FnMut() -> libc::c_long) -> io::Result<libc::c_long> {
+    loop {
+        match cerr(f()) {
+            Err(e) if e.raw_os_error() == Some(libc::EINTR) => {}
+            r => return r,
+        }
+    }
+}
+
+// -- time and sleep
+
+pub(crate) fn monotonic() -> u64 {
+    let mut t = libc::timespec { tv_sec: 0, tv_nsec: 0 };
+    // SAFETY: `t` is a live timespec; CLOCK_MONOTONIC cannot fail.
+    unsafe { libc::clock_gettime(libc::CLOCK_MONOTONIC, &mut t) };
+    (t.tv_sec as u64).wrapping_mul(1_000_000_000).wrapping_add(t.tv_nsec as u64)
+}
+
+fn timespec(ns: u64) -> libc::timespec {
+    libc::timespec {
+        tv_sec: (ns / 1_000_000_000).min(i64::MAX as u64 / 2) as libc::time_t,
+        tv_nsec: (ns % 1_000_000_000) as libc::c_long,
+    }
+}
+
+/// FUTEX_WAIT_BITSET on a private futex; `relative` in ns. EINTR, EAGAIN and time-out all mean: look again.
+pub(crate) fn futex_wait(word: &AtomicU32, expected: u32, bits: u32, relative: Option<u64>) {
+    keep_errno(|| {
+        // WAIT_BITSET takes an absolute time of CLOCK_MONOTONIC.
+        let until = relative.map(|ns| timespec(monotonic().saturating_add(ns)));
+        let until = until.as_ref().map_or(std::ptr::null(), std::ptr::from_ref);
+        // SAFETY: `word` and `until` are live for the call; the kernel only reads them.
+        unsafe {
+            libc::syscall(
+                libc::SYS_futex,
+                word.as_ptr(),
+                libc::FUTEX_WAIT_BITSET | libc::FUTEX_PRIVATE_FLAG,
+                expected,
+                until,
+                std::ptr::null::<u32>(),
+                bits,
+            )
+        };
+    });
+}
+
+/// Wakes at most `count` sleepers whose bits meet `bits`; how many it woke.
+pub(crate) fn futex_wake(word: &AtomicU32, count: u32, bits: u32) -> usize {
+    futex_wake_at(word.as_ptr(), count, bits)
+}
+
+/// The same by address; the address is only a name here, the kernel finds out whether it is mapped.
+pub(crate) fn futex_wake_at(word: *const u32, count: u32, bits: u32) -> usize {
+    keep_errno(|| {
+        let count = i32::try_from(count).unwrap_or(i32::MAX);
+        // SAFETY: FUTEX_WAKE does not read or write the word; an unmapped address is EFAULT.
+        let n = unsafe {
+            libc::syscall(
+                libc::SYS_futex,
+                word,
+                libc::FUTEX_WAKE_BITSET | libc::FUTEX_PRIVATE_FLAG,
+                count,
+                std::ptr::null::<u32>(),
+                std::ptr::null::<u32>(),
+                bits,
+            )
+        };
+        usize::try_from(n).unwrap_or(0)
+    })
+}
+
+/// FUTEX_WAIT/WAKE across processes, for a word in shared memory.
+pub(crate) fn futex_wait_shared(word: &AtomicU32, expected: u32, relative: u64) {
+    keep_errno(|| {
+        let until = timespec(relative);
+        // SAFETY: as in `futex_wait`; FUTEX_WAIT takes a relative time.
+        unsafe { libc::syscall(libc::SYS_futex, word.as_ptr(), libc::FUTEX_WAIT, expected, &until) };
+    });
+}
+
+pub(crate) fn futex_wake_shared(word: &AtomicU32) {
+    keep_errno(|| {
+        // SAFETY: as in `futex_wake_at`.
+        unsafe { libc::syscall(libc::SYS_futex, word.as_ptr(), libc::FUTEX_WAKE, i32::MAX) };
+    });
+}
+
+pub(crate) fn yield_now() {
+    // SAFETY: no arguments.
+    keep_errno(|| unsafe { libc::sched_yield() });
+}
+
+// -- the fence on the fork's side
+
+const MEMBARRIER_PRIVATE_EXPEDITED: i32 = 1 << 3;
+const MEMBARRIER_REGISTER_PRIVATE_EXPEDITED: i32 = 1 << 4;
+
+fn membarrier_call(command: i32) -> Result<(), i32> {
+    keep_errno(|| {
+        // SAFETY: membarrier takes integers only.
+        let r = unsafe { libc::syscall(libc::SYS_membarrier, command, 0, 0) };
+        if r == 0 { Ok(()) } else { Err(errno()) }
+    })
+}
+
+pub(crate) fn membarrier_register() -> bool {
+    membarrier_call(MEMBARRIER_REGISTER_PRIVATE_EXPEDITED).is_ok()
+}
+
+/// A full fence on every running thread of this process; false where the kernel or a filter refuses.
+pub(crate) fn membarrier() -> bool {
+    match membarrier_call(MEMBARRIER_PRIVATE_EXPEDITED) {
+        Ok(()) => true,
+        // Not registered in this memory: a bypass child.
+        Err(libc::EPERM) => membarrier_register() && membarrier_call(MEMBARRIER_PRIVATE_EXPEDITED).is_ok(),
+        Err(_) => false,
+    }
+}
+
+/// Where membarrier is refused after threads already rely on it: taking a page's write permission away makes the
+/// kernel interrupt every processor that runs this process (x86), which is the same fence; elsewhere a rest of a
+/// millisecond drains every store buffer there is. Used once, at the change to real fences.
+pub(crate) fn fence_by_other_means() {
+    if let Ok(page) = map(4096, false) {
+        // SAFETY: `page` is a fresh mapping of 4096 bytes that nobody else knows.
+        unsafe { page.cast::<u8>().write_volatile(1) };
+        // SAFETY: as above.
+        unsafe { libc::mprotect(page.cast(), 4096, libc::PROT_READ) };
+        // SAFETY: as above; not used afterwards.
+        unsafe { unmap(page, 4096) };
+    }
+    sleep(1_000_000);
+}
+
+pub(crate) fn sleep(ns: u64) {
+    keep_errno(|| {
+        let t = timespec(ns);
+        // SAFETY: `t` is live; no remainder is asked for. An early return is harmless to every caller.
+        unsafe { libc::nanosleep(&t, std::ptr::null_mut()) };
+    });
+}
+
+// -- memory
+
+/// Fresh zeroed memory, shared with children or private.
+pub(crate) fn map(len: usize, shared: bool) -> io::Result<*mut libc::c_void> {
+    keep_errno(|| {
+        let kind = if shared { libc::MAP_SHARED } else { libc::MAP_PRIVATE };
+        // SAFETY: an anonymous mapping at an address of the kernel's choice touches no memory of ours.
+        let p = unsafe {
+            libc::mmap(
+                std::ptr::null_mut(),
+                len,
+                libc::PROT_READ | libc::PROT_WRITE,
+                kind | libc::MAP_ANONYMOUS | libc::MAP_NORESERVE,
+                -1,
+                0,
+            )
+        };
+        if p == libc::MAP_FAILED { Err(io::Error::from_raw_os_error(errno())) } else { Ok(p) }
+    })
+}
+
+/// # Safety
+/// `page` is a mapping of `len` bytes from `map` that nothing refers to any more.
+pub(crate) unsafe fn unmap(page: *mut libc::c_void, len: usize) {
+    // SAFETY: the caller's promise.
+    keep_errno(|| unsafe { libc::munmap(page, len) });
+}
+
+/// A page that the kernel zeroes in every child with its own memory; `None` where that cannot be had. The call with
+/// nonsense advice finds emulators that say yes to everything.
+pub(crate) fn map_wiped(len: usize) -> io::Result<(*mut libc::c_void, bool)> {
+    let page = map(len, false)?;
+    // SAFETY: `page` is ours, of `len` bytes; the advice is unknown to every kernel.
+    let nonsense = keep_errno(|| unsafe { libc::madvise(page, len, -1) });
+    // SAFETY: as above; wiping on fork changes nothing in this process.
+    let wiped = keep_errno(|| unsafe { libc::madvise(page, len, libc::MADV_WIPEONFORK) });
+    Ok((page, nonsense != 0 && wiped == 0))
+}
+
+// -- identity
+
+pub(crate) fn gettid() -> u32 {
+    // SAFETY: no arguments, cannot fail.
+    keep_errno(|| unsafe { libc::syscall(libc::SYS_gettid) }) as u32
+}
+
+pub(crate) fn getpid() -> u32 {
+    // SAFETY: no arguments, cannot fail.
+    unsafe { libc::getpid() as u32 }
+}
+
+pub(crate) fn getppid() -> u32 {
+    // SAFETY: no arguments, cannot fail.
+    unsafe { libc::getppid() as u32 }
+}
+
+/// Whether thread `tid` of this process is gone.
+pub(crate) fn thread_is_gone(tid: u32) -> bool {
+    keep_errno(|| {
+        // SAFETY: signal 0 is only a question.
+        let r = unsafe { libc::syscall(libc::SYS_tgkill, libc::getpid(), tid, 0) };
+        r == -1 && errno() == libc::ESRCH
+    })
+}
+
+/// The calling thread's name, NUL-padded.
+pub(crate) fn thread_name() -> [u8; 16] {
+    let mut name = [0u8; 16];
+    // SAFETY: PR_GET_NAME writes at most 16 bytes to `name`.
+    keep_errno(|| unsafe { libc::prctl(libc::PR_GET_NAME, name.as_mut_ptr()) });
+    name
+}
+
+// -- signals
+
+pub(crate) type SigSet = libc::sigset_t;
+
+/// Blocks every signal (but those libc keeps for itself) in this thread; the mask from before.
+pub(crate) fn block_all() -> SigSet {
+    // SAFETY: sigset_t is plain bits, all-zero is a value of it.
+    let mut all: SigSet = unsafe { std::mem::zeroed() };
+    // SAFETY: as above.
+    let mut before: SigSet = unsafe { std::mem::zeroed() };
+    // SAFETY: `all` is a live sigset_t.
+    unsafe { libc::sigfillset(&mut all) };
+    // SAFETY: both are live sigset_t. pthread_sigmask returns its error and leaves errno; with these arguments there is none.
+    unsafe { libc::pthread_sigmask(libc::SIG_SETMASK, &all, &mut before) };
+    before
+}
+
+pub(crate) fn set_mask(mask: &SigSet) {
+    // SAFETY: `mask` is a live sigset_t.
+    unsafe { libc::pthread_sigmask(libc::SIG_SETMASK, mask, std::ptr::null_mut()) };
+}
+
+// -- descriptors
+
+/// F_SETFD FD_CLOEXEC: also finds out whether `fd` is open.
+pub(crate) fn set_cloexec(fd: RawFd) -> io::Result<()> {
+    // SAFETY: F_SETFD with an integer touches no memory.
+    cerr(unsafe { libc::fcntl(fd, libc::F_SETFD, libc::FD_CLOEXEC) }.into()).map(drop)
+}
+
+pub(crate) fn get_fd_flags(fd: RawFd) -> io::Result<i32> {
+    // SAFETY: F_GETFD touches no memory.
+    cerr(unsafe { libc::fcntl(fd, libc::F_GETFD) }.into()).map(|f| f as i32)
+}
+
+/// Closes `first..=last`, whatever is open among them.
+///
+/// Two ways: close_range where the kernel has it and no filter refuses it, else one close at a time.
+pub(crate) fn close_range(first: u32, last: u32) {
+    keep_errno(|| {
+        // SAFETY: the caller owns the numbers: it is the child's clean-up, and no other code of the child relies on them.
+        if unsafe { libc::syscall(libc::SYS_close_range, first, last, 0) } == 0 {
+            return;
+        }
+        for fd in first..=last.min(i32::MAX as u32) {
+            // SAFETY: as above. EBADF is harmless, EINTR closes on Linux.
+            unsafe { libc::close(fd as RawFd) };
+        }
+    });
+}
+
+/// Device and inode of what `fd` refers to.
+pub(crate) fn identity(fd: RawFd) -> Option<(u64, u64)> {
+    // SAFETY: stat is plain data.
+    let mut st: libc::stat = unsafe { std::mem::zeroed() };
+    // SAFETY: `st` is live.
+    let r = keep_errno(|| unsafe { libc::fstat(fd, &mut st) });
+    (r == 0).then_some((st.st_dev, st.st_ino))
+}
+
+/// Whether a short write to `fd` would go through now.
+pub(crate) fn writable_now(fd: RawFd) -> bool {
+    keep_errno(|| {
+        let mut p = libc::pollfd { fd, events: libc::POLLOUT, revents: 0 };
+        // SAFETY: one live pollfd, no waiting.
+        let n = unsafe { libc::poll(&mut p, 1, 0) };
+        n == 1 && p.revents & libc::POLLOUT != 0
+    })
+}
+
+/// One write to `fd` if it can be written at once; whether all of `text` went out.
+pub(crate) fn write_if_writable(fd: RawFd, text: &[u8]) -> bool {
+    if !writable_now(fd) {
+        return false;
+    }
+    keep_errno(|| {
+        // SAFETY: `text` is live and of that length.
+        let n = unsafe { libc::write(fd, text.as_ptr().cast(), text.len()) };
+        n == text.len() as isize
+    })
+}
+
+// -- fork, exit, wait
+
+/// libc's fork, with its at-fork handlers.
+///
+/// # Safety
+/// As for fork(2) in a process with threads.
+pub(crate) unsafe fn fork() -> io::Result<u32> {
+    // SAFETY: the caller's promise.
+    #[allow(clippy::disallowed_methods)]
+    cerr(unsafe { libc::fork() }.into()).map(|pid| pid as u32)
+}
+
+pub(crate) fn exit_now(code: i32) -> ! {
+    // SAFETY: _exit ends the process without running anything of ours.
+    unsafe { libc::_exit(code) }
+}
+
+/// Waits for `pid` to end; ECHILD (someone else took the status) is `None`.
+pub(crate) fn reap(pid: u32, block: bool) -> io::Result<Option<Option<i32>>> {
+    let mut status = 0;
+    let flags = if block { 0 } else { libc::WNOHANG };
+    // SAFETY: `status` is live.
+    match retry(|| unsafe { libc::waitpid(pid as i32, &mut status, flags) }.into()) {
+        Ok(0) => Ok(None),
+        Ok(_) => Ok(Some(Some(status))),
+        Err(e) if e.raw_os_error() == Some(libc::ECHILD) => Ok(Some(None)),
+        Err(e) => Err(e),
+    }
+}
+
+/// A pidfd of `pid`, close-on-exec as the kernel makes it.
+pub(crate) fn pidfd_open(pid: u32) -> io::Result<OwnedFd> {
+    // SAFETY: integers only.
+    let fd = cerr(unsafe { libc::syscall(libc::SYS_pidfd_open, pid, 0) })?;
+    // SAFETY: the kernel just gave us this number.
+    Ok(unsafe { OwnedFd::from_raw_fd(fd as RawFd) })
+}
+
+pub(crate) fn pidfd_signal(pidfd: BorrowedFd<'_>, signal: i32) -> io::Result<()> {
+    // SAFETY: no siginfo is passed.
+    cerr(unsafe {
+        libc::syscall(
+            libc::SYS_pidfd_send_signal,
+            pidfd.as_raw_fd(),
+            signal,
+            std::ptr::null::<libc::siginfo_t>(),
+            0,
+        )
+    })
+    .map(drop)
+}
+
+pub(crate) fn kill(pid: u32, signal: i32) -> io::Result<()> {
+    // SAFETY: integers only.
+    cerr(unsafe { libc::kill(pid as i32, signal) }.into()).map(drop)
+}
