@@ -1,5 +1,8 @@
 //! The test infrastructure can fail: each helper is shown the fault that it is there for.
 
+// Plain forks, and what they leave in the kernel.
+#![allow(unsafe_code, clippy::disallowed_methods)]
+
 mod common;
 
 use common::guard_alloc::TRIPPED;
