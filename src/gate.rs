@@ -157,6 +157,11 @@ impl Slot {
         self.depth.store(d - d % LOCK, Release);
     }
 
+    /// Where this thread's outermost region began, if recorded.
+    pub(crate) fn entered(&self) -> Option<&'static Location<'static>> {
+        location(&self.entered)
+    }
+
     /// A coordinated fork begins or ends on this thread; seen by a forker that meets this seat in a region.
     pub(crate) fn set_entered(&self, on: bool) {
         self.fork.store(if on { ENTERED } else { NONE }, Release);
@@ -244,6 +249,8 @@ pub(crate) struct Gate<S> {
     role: AtomicU32,
     queued: AtomicU32,
     tickets: AtomicU32,
+    /// Copied to children: once left behind, a lock stays held.
+    ghosts: AtomicU32,
     /// How often a waiter reopened the gate, and the whole time regions waited, for `stats`.
     pub(crate) reopened: AtomicU64,
     pub(crate) seats: S,
@@ -263,6 +270,7 @@ impl<S: Seats> Gate<S> {
             role: AtomicU32::new(0),
             queued: AtomicU32::new(0),
             tickets: AtomicU32::new(0),
+            ghosts: AtomicU32::new(0),
             reopened: AtomicU64::new(0),
             seats,
         }
@@ -281,6 +289,7 @@ impl<S: Seats> Gate<S> {
             role: AtomicU32::new(0),
             queued: AtomicU32::new(0),
             tickets: AtomicU32::new(0),
+            ghosts: AtomicU32::new(0),
             reopened: AtomicU64::new(0),
             seats,
         }
@@ -431,6 +440,15 @@ impl<S: Seats> Gate<S> {
         if self.role.load(Relaxed) == owner {
             self.nudge();
         }
+    }
+
+    /// Threads were left behind inside regions: locks may be held for ever.
+    pub(crate) fn has_ghosts(&self) -> bool {
+        self.ghosts.load(Relaxed) != 0
+    }
+
+    pub(crate) fn set_ghosts(&self) {
+        self.ghosts.store(1, Relaxed);
     }
 
     pub(crate) fn waits_no_more(&self, me: &Slot) {

@@ -155,13 +155,13 @@ pub(crate) fn membarrier() -> bool {
 /// kernel interrupt every processor that runs this process (x86), which is the same fence; elsewhere a rest of a
 /// millisecond drains every store buffer there is. Used once, at the change to real fences.
 pub(crate) fn fence_by_other_means() {
-    if let Ok(page) = map(4096, false) {
-        // SAFETY: `page` is a fresh mapping of 4096 bytes that nobody else knows.
+    if let Ok(page) = map(PAGE, false) {
+        // SAFETY: `page` is a fresh mapping that nobody else knows.
         unsafe { page.cast::<u8>().write_volatile(1) };
         // SAFETY: as above.
-        unsafe { libc::mprotect(page.cast(), 4096, libc::PROT_READ) };
+        unsafe { libc::mprotect(page.cast(), PAGE, libc::PROT_READ) };
         // SAFETY: as above; not used afterwards.
-        unsafe { unmap(page, 4096) };
+        unsafe { unmap(page, PAGE) };
     }
     sleep(1_000_000);
 }
@@ -175,6 +175,9 @@ pub(crate) fn sleep(ns: u64) {
 }
 
 // -- memory
+
+/// What is mapped at a time for one word: no kernel's page is larger.
+pub(crate) const PAGE: usize = 65536;
 
 /// Fresh zeroed memory, shared with children or private.
 pub(crate) fn map(len: usize, shared: bool) -> io::Result<*mut libc::c_void> {
@@ -211,6 +214,24 @@ pub(crate) fn map_wiped(len: usize) -> io::Result<(*mut libc::c_void, bool)> {
     // SAFETY: as above; wiping on fork changes nothing in this process.
     let wiped = keep_errno(|| unsafe { libc::madvise(page, len, libc::MADV_WIPEONFORK) });
     Ok((page, nonsense != 0 && wiped == 0))
+}
+
+// -- the world
+
+/// Whether the environment holds `name=value`. Reads the strings the process was started with or set since; at start only.
+pub(crate) fn env_is(name: &std::ffi::CStr, value: &str) -> bool {
+    // SAFETY: `name` is a C string; called by the constructor, before other threads can change the environment.
+    let p = unsafe { libc::getenv(name.as_ptr()) };
+    if p.is_null() {
+        return false;
+    }
+    // SAFETY: getenv's answer is a C string.
+    unsafe { std::ffi::CStr::from_ptr(p) }.to_bytes() == value.as_bytes()
+}
+
+/// A line on fd 2 if it takes it at once; false if it does not.
+pub(crate) fn say(line: &[u8]) -> bool {
+    write_if_writable(libc::STDERR_FILENO, line)
 }
 
 // -- identity
@@ -384,4 +405,131 @@ pub(crate) fn pidfd_signal(pidfd: BorrowedFd<'_>, signal: i32) -> io::Result<()>
 pub(crate) fn kill(pid: u32, signal: i32) -> io::Result<()> {
     // SAFETY: integers only.
     cerr(unsafe { libc::kill(pid as i32, signal) }.into()).map(drop)
+}
+
+// -- the child's steps
+
+/// The kernel's own sigaction: a handler of 0 is the default. Eight words to the kernel, none through libc, whose copy costs
+/// a fresh child page faults.
+#[repr(C)]
+struct KernelAction {
+    handler: usize,
+    flags: libc::c_ulong,
+    restorer: usize,
+    mask: u64,
+}
+
+pub(crate) fn default_disposition(signal: i32) {
+    static DEFAULT: KernelAction = KernelAction { handler: libc::SIG_DFL, flags: 0, restorer: 0, mask: 0 };
+    // SAFETY: DEFAULT is what the kernel expects on x86_64 and aarch64, and a default disposition runs no code of ours.
+    unsafe {
+        libc::syscall(
+            libc::SYS_rt_sigaction,
+            signal,
+            &raw const DEFAULT,
+            std::ptr::null_mut::<KernelAction>(),
+            size_of::<u64>(),
+        )
+    };
+}
+
+extern "C" fn do_nothing(_: i32) {}
+
+/// A handler that does nothing: unlike SIG_IGN it does not survive an exec.
+pub(crate) fn ignore_by_handler(signal: i32) {
+    // SAFETY: sigaction is plain data; all-zero is an empty mask.
+    let mut action: libc::sigaction = unsafe { std::mem::zeroed() };
+    action.sa_sigaction = do_nothing as extern "C" fn(i32) as usize;
+    action.sa_flags = libc::SA_RESTART;
+    // SAFETY: `action` is whole and names a handler that touches nothing.
+    unsafe { libc::sigaction(signal, &action, std::ptr::null_mut()) };
+}
+
+pub(crate) fn mask_of(signals: &[i32]) -> SigSet {
+    // SAFETY: sigset_t is plain bits; all-zero is the empty set.
+    let mut set: SigSet = unsafe { std::mem::zeroed() };
+    for &s in signals {
+        // SAFETY: `set` is live; a bad number is refused.
+        unsafe { libc::sigaddset(&mut set, s) };
+    }
+    set
+}
+
+pub(crate) fn mask_without(mask: &SigSet, signals: &[i32]) -> SigSet {
+    let mut set = *mask;
+    for &s in signals {
+        // SAFETY: as in `mask_of`.
+        unsafe { libc::sigdelset(&mut set, s) };
+    }
+    set
+}
+
+pub(crate) fn raise_at_self(signal: i32) {
+    // SAFETY: integers only.
+    unsafe { libc::kill(libc::getpid(), signal) };
+}
+
+pub(crate) fn set_death_signal(signal: i32) {
+    // SAFETY: an integer argument.
+    unsafe { libc::prctl(libc::PR_SET_PDEATHSIG, signal) };
+}
+
+/// Names the calling thread; of a fresh child, the process.
+pub(crate) fn set_name(name: &std::ffi::CStr) {
+    // SAFETY: a C string; the kernel takes 15 bytes of it.
+    unsafe { libc::prctl(libc::PR_SET_NAME, name.as_ptr()) };
+}
+
+pub(crate) fn new_session() {
+    // SAFETY: no arguments; a fresh child leads no process group, so it cannot fail.
+    unsafe { libc::setsid() };
+}
+
+/// `fd` becomes 0, 1 and 2 as well, open across exec. Of a child's own descriptors; the numbers exist, so this cannot fail.
+pub(crate) fn become_stdio(fd: RawFd) {
+    for n in 0..=2 {
+        if n == fd {
+            // SAFETY: an integer argument.
+            unsafe { libc::fcntl(fd, libc::F_SETFD, 0) };
+        } else {
+            // SAFETY: 0, 1 and 2 are the standard streams, which this child was asked to replace.
+            unsafe { libc::dup2(fd, n) };
+        }
+    }
+}
+
+pub(crate) fn open_null() -> io::Result<OwnedFd> {
+    // SAFETY: a C string.
+    let fd = cerr(unsafe { libc::open(c"/dev/null".as_ptr(), libc::O_RDWR | libc::O_CLOEXEC) }.into())?;
+    // SAFETY: the kernel just gave us this number.
+    Ok(unsafe { OwnedFd::from_raw_fd(fd as RawFd) })
+}
+
+/// execv with pointers that the caller made; returns only with an error.
+///
+/// # Safety
+/// `argv` is a NULL-terminated array of C strings.
+pub(crate) unsafe fn execv(path: &std::ffi::CStr, argv: *const *const libc::c_char) -> io::Error {
+    // SAFETY: the caller's promise.
+    unsafe { libc::execv(path.as_ptr(), argv) };
+    io::Error::from_raw_os_error(errno())
+}
+
+/// Waits for `fd` (a pidfd) to become readable, at most `ms` (-1: for ever); false at the time-out.
+pub(crate) fn poll_in(fd: BorrowedFd<'_>, ms: i32) -> io::Result<bool> {
+    let mut p = libc::pollfd { fd: fd.as_raw_fd(), events: libc::POLLIN, revents: 0 };
+    // SAFETY: one live pollfd.
+    cerr(unsafe { libc::poll(&mut p, 1, ms) }.into()).map(|n| n > 0)
+}
+
+/// Whether child `pid` has ended, without reaping it.
+pub(crate) fn is_dead(pid: u32) -> bool {
+    keep_errno(|| {
+        // SAFETY: siginfo_t is plain data.
+        let mut info: libc::siginfo_t = unsafe { std::mem::zeroed() };
+        // SAFETY: `info` is live; WNOWAIT leaves the child as it is.
+        let r = unsafe { libc::waitid(libc::P_PID, pid, &mut info, libc::WEXITED | libc::WNOHANG | libc::WNOWAIT) };
+        // SAFETY: waitid fills in si_pid or leaves it 0.
+        r != 0 || unsafe { info.si_pid() } != 0
+    })
 }

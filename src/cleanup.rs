@@ -1,0 +1,60 @@
+//! What makes a child that does not exec a process of its own (K5).
+
+#![allow(unsafe_code)]
+
+use crate::error::NotAChild;
+use crate::{care_table, hook, runtime};
+use std::os::fd::RawFd;
+use std::sync::atomic::{AtomicU64, Ordering::SeqCst};
+
+/// What a clean-up did.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+#[non_exhaustive]
+pub struct Cleanup {
+    /// Care-fds that it closed.
+    pub closed: usize,
+    /// Care-fds that were to be kept.
+    pub kept: usize,
+    /// Hooks whose `cleanup` ran.
+    pub hooks: usize,
+    /// Those of them that panicked; each was reported on fd 2.
+    pub panicked: usize,
+    /// This process had been cleaned up before: nothing was done.
+    pub already: bool,
+}
+
+/// The generation whose clean-up was done.
+static DONE: AtomicU64 = AtomicU64::new(0);
+
+/// Cleans up in a child made by foreign code (`fork` of a C library) that goes on without exec: closes the care-fds, runs the
+/// hooks' clean-ups. Children of [`fork`](crate::fork) use [`InChild::cleanup`](crate::InChild::cleanup).
+///
+/// Doing it twice does nothing the second time. Comes from libxl's `libxl_postfork_child_noexec`.
+///
+/// # Errors
+/// [`NotAChild`] in a process that no fork has made: its care-fds are in use.
+///
+/// # Safety
+/// No borrowed or raw descriptor of a care-fd is used afterwards, and no other thread of this child is using one.
+///
+/// ```
+/// // SAFETY: refused, because this process is no child.
+/// assert!(unsafe { carefork::postfork_child_noexec() }.is_err());
+/// ```
+pub unsafe fn postfork_child_noexec() -> Result<Cleanup, NotAChild> {
+    if runtime::generation() == 0 {
+        return Err(NotAChild);
+    }
+    Ok(run(&[]))
+}
+
+/// `keep` is sorted.
+pub(crate) fn run(keep: &[RawFd]) -> Cleanup {
+    let generation = runtime::generation();
+    if DONE.swap(generation, SeqCst) == generation {
+        return Cleanup { already: true, ..Cleanup::default() };
+    }
+    let (closed, kept) = care_table::clean_up(keep);
+    let (hooks, panicked) = hook::clean_up();
+    Cleanup { closed, kept, hooks, panicked, already: false }
+}

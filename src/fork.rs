@@ -1,0 +1,251 @@
+//! The step itself: libc's fork between the handlers, and what each side does right after (K1-K4).
+
+#![allow(unsafe_code)]
+
+use crate::child::Child;
+use crate::error::{ForkError, Report};
+use crate::gate::{FIRST_BOUND, Slot};
+use crate::in_child::InChild;
+use crate::options::{ForkOptions, Ready};
+use crate::prepare::Outcome;
+use crate::runtime::{self, COUNT, Request};
+use crate::{care_table, clock, stdio, sys, verdict};
+use std::io::Write;
+use std::os::fd::AsRawFd;
+use std::panic::{AssertUnwindSafe, catch_unwind};
+use std::sync::atomic::{AtomicU32, Ordering::Relaxed};
+
+/// The two sides of a fork.
+#[derive(Debug)]
+#[must_use = "in the child somebody must clean up, exec or exit"]
+pub enum Fork {
+    /// In the parent: the child.
+    Parent(Child),
+    /// In the child: what it may do next.
+    Child(InChild),
+}
+
+/// Forks: every carefork lock, region and hook is at rest at that instant, in parent and child.
+///
+/// Waits until no other thread is in a region, takes the hooks' locks, forks with libc's fork (other libraries' at-fork handlers
+/// run), and lets everything go on both sides. See [`ForkOptions`] for budget, signals and descriptors. From fork(2), POSIX.
+///
+/// # Errors
+/// [`ForkError`]; there is no child then, and nothing has changed (K2). A child that ended before it began may have been
+/// seen by a SIGCHLD handler (G2). `Forbidden` inside this thread's own region; `Busy` after the budget; `WouldDeadlock`,
+/// `Vetoed`, `Invalid`, `Os`.
+///
+/// # Safety
+/// The child is a copy of one thread. What carefork knows of is at rest there; what remains is for the caller:
+/// - locks of other code that no hook guards may be held by threads that are gone: libc's time zone, environment, locale, syslog,
+///   name service, dlopen; a memory allocator without at-fork handlers. The child must not wait for them.
+/// - references into the stacks of other threads (scoped threads) dangle in the child.
+/// - a descriptor that is closed in the child (by the clean-up, by `OnFork::Close`, by `close_others`) must not be used there
+///   through a borrowed or raw descriptor made in the parent.
+/// - memory shared with the parent and open file descriptions (offsets, locks) are shared still.
+///
+/// ```
+/// // SAFETY: the child exits at once.
+/// match unsafe { carefork::fork() }? {
+///     carefork::Fork::Child(child) => child.exit(3),
+///     carefork::Fork::Parent(mut child) => assert_eq!(child.wait()?.code(), Some(3)),
+/// }
+/// # Ok::<(), Box<dyn std::error::Error>>(())
+/// ```
+pub unsafe fn fork() -> Result<Fork, ForkError> {
+    // SAFETY: the caller's promise.
+    unsafe { ForkOptions::new().fork() }
+}
+
+/// Runs `f` in a child that does not exec; see [`ForkOptions::spawn`].
+///
+/// # Errors
+/// As for [`fork`].
+///
+/// # Safety
+/// As for [`fork`]; and `f` uses no care-fd that the clean-up closes.
+///
+/// ```
+/// // SAFETY: the closure touches nothing of the parent's.
+/// let mut child = unsafe { carefork::spawn(|| 0) }?;
+/// assert!(child.wait()?.success());
+/// # Ok::<(), Box<dyn std::error::Error>>(())
+/// ```
+pub unsafe fn spawn(f: impl FnOnce() -> i32) -> Result<Child, ForkError> {
+    // SAFETY: the caller's promise.
+    unsafe { ForkOptions::new().spawn(f) }
+}
+
+impl ForkOptions<'_> {
+    /// Forks with these options; see [`fork`].
+    ///
+    /// # Errors
+    /// As for [`fork`]; contradictory options are [`ForkError::Invalid`] and cost no fork.
+    ///
+    /// # Safety
+    /// As for [`fork`].
+    pub unsafe fn fork(&self) -> Result<Fork, ForkError> {
+        let ready = self.ready()?;
+        // SAFETY: the caller's promise.
+        let outcome = unsafe { self.fork_ready(ready) };
+        if outcome.is_err() {
+            COUNT.refused.fetch_add(1, Relaxed);
+        }
+        if !matches!(outcome, Ok(Fork::Child(_))) {
+            crate::hook::tidy();
+        }
+        outcome
+    }
+
+    /// Forks a child that cleans up, runs `f` and ends with its result as exit code; the child never returns from here.
+    ///
+    /// A panic in `f` is caught there, its message goes to fd 2 by write(2) (no backtrace), and the exit code is 101. No
+    /// destructor of the parent's frames and no atexit handler runs in the child. With [`stdio::guard`](crate::stdio::guard)
+    /// registered, what `f` printed is flushed; without it std's lock may be held by a thread that is gone, so only `f` can
+    /// know whether flushing is safe.
+    ///
+    /// # Errors
+    /// As for [`fork`].
+    ///
+    /// # Safety
+    /// As for [`fork`]; and `f` uses no care-fd that the clean-up closes.
+    pub unsafe fn spawn(&self, f: impl FnOnce() -> i32) -> Result<Child, ForkError> {
+        stdio::panics_by_write();
+        // SAFETY: the caller's promise.
+        let token = match unsafe { self.fork() }? {
+            Fork::Parent(child) => return Ok(child),
+            Fork::Child(token) => token,
+        };
+        stdio::in_spawned_child();
+        let code = catch_unwind(AssertUnwindSafe(|| {
+            // SAFETY: the caller's promise: borrowed descriptors are not used.
+            unsafe { token.cleanup() };
+            f()
+        }));
+        if stdio::is_guarded() {
+            // Nobody to tell: a closed standard output loses what was printed to it, as in any program.
+            drop(catch_unwind(|| std::io::stdout().flush()));
+        }
+        sys::exit_now(code.unwrap_or(101))
+    }
+
+    /// # Safety
+    /// As for `fork`.
+    unsafe fn fork_ready(&self, ready: Ready) -> Result<Fork, ForkError> {
+        static TICKETS: AtomicU32 = AtomicU32::new(1);
+        runtime::generation();
+        let me = runtime::me();
+        if runtime::in_fork() {
+            return Err(ForkError::InFork);
+        }
+        if me.in_guard() && !runtime::is_off() {
+            return Err(ForkError::Forbidden { entered: me.entered() });
+        }
+        verdict::ready().map_err(ForkError::Os)?;
+        let begin = clock::now();
+        let ns = |d: std::time::Duration| u64::try_from(d.as_nanos()).unwrap_or(u64::MAX);
+        let mut request = Request {
+            deadline: self.timeout.map(|d| begin.saturating_add(ns(d))),
+            let_go_at: self.timeout.map(|d| begin.saturating_add(ns(d) / 2)),
+            bound: FIRST_BOUND,
+            ticket: 0,
+            outcome: None,
+            ask_child: false,
+            report: Report::new(),
+            mask: None,
+        };
+        loop {
+            request.ticket = TICKETS.fetch_add(1, Relaxed);
+            // SAFETY: the caller's promise.
+            let end = unsafe { once(me, &mut request) };
+            let pid = match end {
+                Ok(0) => {
+                    COUNT.forks.store(0, Relaxed);
+                    self.begin_child(&ready, request.mask.as_ref());
+                    return Ok(Fork::Child(InChild::new(ready.keep)));
+                }
+                Ok(pid) => pid,
+                Err(e) => {
+                    restore(&mut request);
+                    return Err(ForkError::Os(e));
+                }
+            };
+            let again = match request.outcome {
+                None | Some(Outcome::Committed(_)) => {
+                    let good = !request.ask_child || verdict::ask(me, request.ticket, || sys::is_dead(pid));
+                    if good {
+                        restore(&mut request);
+                        COUNT.forks.fetch_add(1, Relaxed);
+                        return Ok(Fork::Parent(Child::new(pid)));
+                    }
+                    FIRST_BOUND
+                }
+                Some(Outcome::Again(bound)) => bound,
+                Some(_) => 0,
+            };
+            // A child that was none: gone, or taken by a waitpid(-1) elsewhere, which is the same.
+            drop(sys::reap(pid, true));
+            COUNT.thrown_away.fetch_add(1, Relaxed);
+            restore(&mut request);
+            let over = request.deadline.is_some_and(|d| clock::now() >= d);
+            if again == 0 || over {
+                let outcome = request.outcome.take().unwrap_or(Outcome::Busy);
+                return Err(request.report.into_error(outcome));
+            }
+            // Others that wait for a lock of another library's handler get it now.
+            sys::sleep(again);
+            request.bound = again;
+            request.let_go_at = None;
+            request.outcome = None;
+        }
+    }
+
+    /// The child's first steps, signals blocked. Async-signal-safe: nothing here can fail or allocate.
+    fn begin_child(&self, ready: &Ready, before: Option<&sys::SigSet>) {
+        self.signals.reset_dispositions();
+        if self.new_session {
+            sys::new_session();
+        }
+        if let Some(name) = &ready.name {
+            sys::set_name(name);
+        }
+        if let Some(null) = &ready.null {
+            sys::become_stdio(null.as_raw_fd());
+        }
+        if self.close_others {
+            let null = ready.null.as_ref().map(AsRawFd::as_raw_fd);
+            care_table::close_all_but(&ready.keep, null);
+        }
+        if let Some(signal) = self.death_signal {
+            sys::set_death_signal(signal);
+            if sys::getppid() != ready.parent {
+                sys::raise_at_self(signal);
+            }
+        }
+        if let Some(before) = before {
+            sys::set_mask(&self.signals.mask(before, ready.mask.as_ref()));
+        }
+    }
+}
+
+fn restore(request: &mut Request) {
+    if let Some(mask) = request.mask.take() {
+        sys::set_mask(&mask);
+    }
+}
+
+/// One call of libc's fork with `request` for the handlers to find.
+///
+/// # Safety
+/// As for `fork`.
+unsafe fn once(me: &Slot, request: &mut Request) -> std::io::Result<u32> {
+    let place = std::ptr::from_mut(request);
+    me.request.store(place.cast(), Relaxed);
+    me.set_entered(true);
+    // SAFETY: the caller's promise. The handlers use `request` through the seat while this call lasts, this frame does not.
+    let end = unsafe { sys::fork() };
+    me.set_entered(false);
+    me.request.store(std::ptr::null_mut(), Relaxed);
+    end
+}
+

@@ -1,0 +1,393 @@
+//! Hooks: what a subsystem wants done around a fork, for the locks that carefork cannot see into (H1-H4).
+
+use crate::error::{Report, Text};
+use crate::hook_list::{self, Node, Step};
+use crate::prepare::{Hooks, How};
+use crate::runtime::{self, HOOKS, gate};
+use crate::{clock, sys};
+use std::borrow::Cow;
+use std::fmt;
+use std::panic::{AssertUnwindSafe, catch_unwind};
+use std::sync::Arc;
+use std::sync::atomic::{AtomicU32, Ordering};
+
+type Call = Box<dyn Fn() + Send + Sync>;
+type Trial = Box<dyn Fn() -> Result<(), Veto> + Send + Sync>;
+
+/// Why a hook does not want a fork to happen; made from text.
+///
+/// ```
+/// let veto: carefork::Veto = "a transaction is open".into();
+/// assert_eq!(veto.to_string(), "a transaction is open");
+/// ```
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Veto(Cow<'static, str>);
+
+impl From<&'static str> for Veto {
+    fn from(reason: &'static str) -> Self {
+        Veto(Cow::Borrowed(reason))
+    }
+}
+
+impl From<String> for Veto {
+    fn from(reason: String) -> Self {
+        Veto(Cow::Owned(reason))
+    }
+}
+
+impl fmt::Display for Veto {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(&self.0)
+    }
+}
+
+impl std::error::Error for Veto {}
+
+/// A lock that somebody else made, as a fork sees it. All of them run on the forking thread, without allocating.
+pub(crate) trait Foreign: Send + Sync {
+    /// Takes the lock if it is free.
+    fn take(&self) -> bool;
+    /// Lets go of it in the parent, or where the fork did not happen.
+    fn release(&self);
+    /// Lets go of it in the child, where nobody else is.
+    fn release_in_child(&self);
+}
+
+enum Prepare {
+    Nothing,
+    Call(Call),
+    Trial(Trial),
+    Lock(Box<dyn Foreign>),
+}
+
+/// A subsystem's part in a fork, to be given to [`register`].
+///
+/// `prepare` runs before the fork on the forking thread, by rising rank; then `parent` in the parent, `child` in every child (soon
+/// to exec or not, so it must be tiny), `undo` where the fork did not happen, all by falling rank; `cleanup` only in a child
+/// that goes on without exec, when it calls [`InChild::cleanup`](crate::InChild::cleanup) or
+/// [`postfork_child_noexec`](crate::postfork_child_noexec): heavy work belongs there.
+///
+/// None of them may fork, wait for another thread that waits for a fork, or unwind: a panic in prepare counts as a veto, in
+/// the others it is caught and reported on fd 2 (H3; with panic=abort it ends the process). What they run as part of a fork
+/// should not allocate.
+///
+/// ```
+/// use std::sync::atomic::{AtomicU32, Ordering::Relaxed};
+/// static CHILDREN: AtomicU32 = AtomicU32::new(0);
+/// let registration = carefork::register(carefork::Hook::new("counter").parent(|| {
+///     CHILDREN.fetch_add(1, Relaxed);
+/// }));
+/// // SAFETY: the child exits at once.
+/// match unsafe { carefork::fork() }? {
+///     carefork::Fork::Child(child) => child.exit(0),
+///     carefork::Fork::Parent(mut child) => assert!(child.wait()?.success()),
+/// }
+/// assert_eq!(CHILDREN.load(Relaxed), 1);
+/// drop(registration);
+/// # Ok::<(), Box<dyn std::error::Error>>(())
+/// ```
+#[must_use = "a hook counts once it is registered"]
+pub struct Hook {
+    name: &'static str,
+    rank: i32,
+    prepare: Prepare,
+    undo: Option<Call>,
+    parent: Option<Call>,
+    child: Option<Call>,
+    cleanup: Option<Call>,
+}
+
+impl fmt::Debug for Hook {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("Hook").field("name", &self.name).field("rank", &self.rank).finish_non_exhaustive()
+    }
+}
+
+impl Hook {
+    /// A hook that does nothing yet, of rank 0. The name is what errors and reports call it.
+    pub fn new(name: &'static str) -> Self {
+        Hook { name, rank: 0, prepare: Prepare::Nothing, undo: None, parent: None, child: None, cleanup: None }
+    }
+
+    /// Its place in lock order: prepare runs by rising rank, outer locks first; among equals the newest first (H2).
+    pub fn rank(mut self, rank: i32) -> Self {
+        self.rank = rank;
+        self
+    }
+
+    /// Runs before the fork. It may block; a lock that can be tried is better served by
+    /// [`Hook::std_mutex`] and its kin, which keep to the fork's budget.
+    pub fn prepare(mut self, f: impl Fn() + Send + Sync + 'static) -> Self {
+        self.prepare = Prepare::Call(Box::new(f));
+        self
+    }
+
+    /// Runs before the fork and may say no to it (H3). Replaces [`Hook::prepare`].
+    pub fn try_prepare(mut self, f: impl Fn() -> Result<(), Veto> + Send + Sync + 'static) -> Self {
+        self.prepare = Prepare::Trial(Box::new(f));
+        self
+    }
+
+    /// Runs instead of `parent` where the fork did not happen. Without one, `parent` runs.
+    pub fn undo(mut self, f: impl Fn() + Send + Sync + 'static) -> Self {
+        self.undo = Some(Box::new(f));
+        self
+    }
+
+    /// Runs in the parent after the fork.
+    pub fn parent(mut self, f: impl Fn() + Send + Sync + 'static) -> Self {
+        self.parent = Some(Box::new(f));
+        self
+    }
+
+    /// Runs in every child, also one that will exec in a moment.
+    pub fn child(mut self, f: impl Fn() + Send + Sync + 'static) -> Self {
+        self.child = Some(Box::new(f));
+        self
+    }
+
+    /// Runs in a child that goes on without exec, as part of its clean-up; there it may allocate and start threads.
+    pub fn cleanup(mut self, f: impl Fn() + Send + Sync + 'static) -> Self {
+        self.cleanup = Some(Box::new(f));
+        self
+    }
+
+    pub(crate) fn foreign(name: &'static str, lock: impl Foreign + 'static) -> Self {
+        Hook { prepare: Prepare::Lock(Box::new(lock)), ..Hook::new(name) }
+    }
+}
+
+/// What the list holds: shared, so that a clean-up can run it without the list.
+pub(crate) type Registered = Arc<Hook>;
+
+/// Keeps a hook registered; dropping it takes the hook out (H1).
+///
+/// Dropping waits while a fork has the hook in its hands, from its prepare to the return of its undo, parent or child, and
+/// asks a fork that has not committed to undo. Afterwards the hook is not called again. So it must not be dropped while
+/// holding a lock that one of the hook's functions takes. Inside a hook it only marks.
+///
+/// `mem::forget` it to keep the hook for the life of the process.
+#[must_use = "dropping a registration takes the hook out again"]
+pub struct Registration {
+    node: *const Node<Registered>,
+    name: &'static str,
+}
+
+// SAFETY: `leave` may be called from any thread; the node is shared state of the list, not of a thread.
+#[allow(unsafe_code)]
+unsafe impl Send for Registration {}
+// SAFETY: a shared Registration offers nothing.
+#[allow(unsafe_code)]
+unsafe impl Sync for Registration {}
+
+impl fmt::Debug for Registration {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("Registration").field("hook", &self.name).finish_non_exhaustive()
+    }
+}
+
+/// Registers a hook: it takes part in every fork that begins from now on, coordinated or foreign.
+///
+/// Waits for nobody, also when called inside a hook or while another thread forks.
+pub fn register(hook: Hook) -> Registration {
+    static SEQUENCE: AtomicU32 = AtomicU32::new(1);
+    let name = hook.name;
+    let key = hook_list::key(hook.rank, SEQUENCE.fetch_add(1, Ordering::Relaxed));
+    runtime::generation();
+    let registration = Registration { node: HOOKS.join(key, Arc::new(hook)), name };
+    tidy();
+    registration
+}
+
+impl Drop for Registration {
+    fn drop(&mut self) {
+        let inside = runtime::in_fork();
+        // SAFETY: `node` is from `join` of this list, and this is its only leave.
+        #[allow(unsafe_code)]
+        unsafe {
+            HOOKS.leave(self.node, !inside);
+        }
+        tidy();
+    }
+}
+
+/// Links newcomers, unlinks and frees those who left, unless a fork is under way, which will do it.
+pub(crate) fn tidy() {
+    let me = runtime::me();
+    if runtime::in_fork() || me.is_forking() {
+        return;
+    }
+    // A signal handler that forks would wait for the role that this thread holds.
+    let mask = sys::block_all();
+    if gate().try_role(me) {
+        HOOKS.settle();
+        gate().drop_role(me);
+    }
+    sys::set_mask(&mask);
+    HOOKS.collect();
+}
+
+/// What to call after prepare.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Phase {
+    Undo,
+    Parent,
+    Child,
+}
+
+impl Phase {
+    fn name(self) -> &'static [u8] {
+        match self {
+            Phase::Undo => b"undo",
+            Phase::Parent => b"parent",
+            Phase::Child => b"child",
+        }
+    }
+}
+
+/// How long a lock is tried with the gate shut before the fork goes the other way round.
+const TRIES: u32 = 64;
+/// The first and the longest pause between two tries with the gate open, in ns.
+const PAUSES: (u64, u64) = (20_000, 1_000_000);
+
+/// Prepares one hook. Runs in the prepare handler; allocates nothing unless the hook panics.
+pub(crate) fn prepare(
+    hook: &Registered,
+    how: How,
+    coordinated: bool,
+    report: &mut Report,
+    vetoed: &mut bool,
+    end: &mut Hooks,
+) -> Step {
+    if HOOKS.is_left() {
+        *end = Hooks::Unregistering;
+        return Step::Stop;
+    }
+    let refusal = match &hook.prepare {
+        Prepare::Nothing => return Step::Prepared,
+        Prepare::Lock(lock) => {
+            if take(&**lock, how) {
+                return Step::Prepared;
+            }
+            report.hook = Some(hook.name);
+            *end = Hooks::Conflict;
+            return Step::Stop;
+        }
+        Prepare::Call(f) => catch_unwind(AssertUnwindSafe(|| {
+            f();
+            Ok(())
+        })),
+        Prepare::Trial(f) => catch_unwind(AssertUnwindSafe(f)),
+    };
+    report.veto = match refusal {
+        Ok(Ok(())) => return Step::Prepared,
+        Ok(Err(veto)) => Some(veto.0),
+        Err(payload) => {
+            report.panic = message(&*payload);
+            // Freeing is not for here; a hook that panics is a bug worth a few bytes.
+            #[allow(clippy::mem_forget)]
+            std::mem::forget(payload);
+            None
+        }
+    };
+    report.hook = Some(hook.name);
+    *vetoed = true;
+    if coordinated {
+        *end = Hooks::Vetoed;
+        Step::Stop
+    } else {
+        Step::Skip
+    }
+}
+
+/// Takes a foreign lock: a few tries with the gate shut; with the gate open, tries with growing pauses until the time is up.
+///
+/// Its own wait would be fairer, but most locks offer none with an end, and the budget is a promise (G6).
+fn take(lock: &dyn Foreign, how: How) -> bool {
+    for _ in 0..TRIES {
+        if lock.take() {
+            return true;
+        }
+        std::hint::spin_loop();
+    }
+    let How::Wait(until) = how else { return false };
+    let mut pause = PAUSES.0;
+    while !HOOKS.is_left() && clock::now() < until {
+        sys::sleep(pause);
+        if lock.take() {
+            return true;
+        }
+        pause = (pause * 2).min(PAUSES.1);
+    }
+    false
+}
+
+/// Calls a hook after prepare; a panic is reported on fd 2 and goes no further.
+pub(crate) fn call(hook: &Registered, phase: Phase) {
+    let f = match (phase, &hook.prepare) {
+        (Phase::Undo, _) => hook.undo.as_ref().or(hook.parent.as_ref()),
+        (Phase::Parent, _) => hook.parent.as_ref(),
+        (Phase::Child, _) => hook.child.as_ref(),
+    };
+    if let Some(f) = f
+        && let Err(payload) = catch_unwind(AssertUnwindSafe(f))
+    {
+        say_panic(hook.name, phase.name(), &message(&*payload));
+        // As above.
+        #[allow(clippy::mem_forget)]
+        std::mem::forget(payload);
+    }
+    if let Prepare::Lock(lock) = &hook.prepare {
+        match phase {
+            Phase::Undo | Phase::Parent => lock.release(),
+            Phase::Child => lock.release_in_child(),
+        }
+    }
+}
+
+/// Runs the clean-ups in a noexec child, by falling rank; how many, and how many of them panicked.
+pub(crate) fn clean_up() -> (usize, usize) {
+    let me = runtime::me();
+    let mut hooks = Vec::new();
+    let mask = sys::block_all();
+    // The child's own threads may be registering; a fork by one of them runs no clean-up, so missing it here loses nothing.
+    while !gate().try_role(me) {
+        sys::yield_now();
+    }
+    HOOKS.each_living(|h| hooks.push(Arc::clone(h)));
+    gate().drop_role(me);
+    sys::set_mask(&mask);
+    let mut panicked = 0;
+    let mut ran = 0;
+    for h in &hooks {
+        let Some(f) = &h.cleanup else { continue };
+        ran += 1;
+        if let Err(payload) = catch_unwind(AssertUnwindSafe(f)) {
+            panicked += 1;
+            say_panic(h.name, b"cleanup", &message(&*payload));
+        }
+    }
+    (ran, panicked)
+}
+
+fn say_panic(hook: &str, phase: &[u8], message: &Text) {
+    let mut line = Text::new();
+    line.push(b"carefork: hook ");
+    line.push(hook.as_bytes());
+    line.push(b" panicked in ");
+    line.push(phase);
+    line.push(b": ");
+    line.push(message.as_bytes());
+    line.push(b"\n");
+    if !sys::say(line.as_bytes()) {
+        runtime::COUNT.unreported.fetch_add(1, Ordering::Relaxed);
+    }
+}
+
+/// The text of a panic, without allocation.
+pub(crate) fn message(payload: &(dyn std::any::Any + Send)) -> Text {
+    let mut text = Text::new();
+    let said = payload.downcast_ref::<&str>().copied().or(payload.downcast_ref::<String>().map(String::as_str));
+    text.push(said.unwrap_or("(no text)").as_bytes());
+    text
+}

@@ -1,0 +1,313 @@
+//! The hooks in lock order, and how far a fork has come along them (H1, H2).
+//!
+//! Pure protocol, compiled by loom. A doubly linked list in rank order that only the role's holder changes or walks; newcomers
+//! wait in a stack, and whoever leaves is marked and unlinked by the next holder. So nothing is allocated or freed by a fork.
+//!
+//! # Invariants
+//! - Linked nodes are changed and walked by the holder of the gate's role only.
+//! - `progress` is the key of the last hook whose prepare began and whose undo, parent or child has not returned; 0 if none.
+//!   Keys rise along the list, so a hook is in a fork's hands exactly while `progress >= key`.
+//! - A marked node is not called again once `progress < key` was seen after the mark: the forker stores `progress`, fences
+//!   and looks at the mark; the one who leaves stores the mark, fences and looks at `progress`.
+
+#![allow(unsafe_code)]
+
+use crate::sync::{self, ANY, AtomicPtr, AtomicU32, AtomicU64, Ordering, fence};
+use std::ptr::null_mut;
+
+use Ordering::{AcqRel, Acquire, Relaxed, Release, SeqCst};
+
+#[derive(Debug)]
+pub(crate) struct Node<T> {
+    pub(crate) key: u64,
+    pub(crate) value: T,
+    next: AtomicPtr<Node<T>>,
+    prev: AtomicPtr<Node<T>>,
+    gone: AtomicU32,
+    /// The number of the fork that this hook did not prepare for and must not be called by.
+    skipped: AtomicU64,
+}
+
+/// The place in lock order of a hook: rising rank, among equals the newest first (H2). Never 0.
+pub(crate) fn key(rank: i32, sequence: u32) -> u64 {
+    let rank = u64::from(rank.cast_unsigned() ^ 0x8000_0000);
+    rank << 32 | u64::from((u32::MAX - sequence).max(1))
+}
+
+#[derive(Debug)]
+pub(crate) struct HookList<T> {
+    head: AtomicPtr<Node<T>>,
+    tail: AtomicPtr<Node<T>>,
+    /// Registered, not linked yet: a stack through `next`.
+    pending: AtomicPtr<Node<T>>,
+    /// Unlinked, not freed yet: a stack through `next`.
+    garbage: AtomicPtr<Node<T>>,
+    progress: AtomicU64,
+    /// Moves on when `progress` falls while somebody waits for it.
+    event: AtomicU32,
+    /// Threads that wait in `leave`; what asks an uncommitted fork to undo.
+    leaving: AtomicU32,
+    /// Counts forks; names one in `skipped`.
+    fork: AtomicU64,
+}
+
+/// What calling a hook's prepare came to.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Step {
+    Prepared,
+    /// Not prepared, and the fork goes on without it.
+    Skip,
+    /// Not prepared; undo the rest.
+    Stop,
+}
+
+impl<T> HookList<T> {
+    #[cfg(not(loom))]
+    pub(crate) const fn new() -> Self {
+        Self {
+            head: AtomicPtr::new(null_mut()),
+            tail: AtomicPtr::new(null_mut()),
+            pending: AtomicPtr::new(null_mut()),
+            garbage: AtomicPtr::new(null_mut()),
+            progress: AtomicU64::new(0),
+            event: AtomicU32::new(0),
+            leaving: AtomicU32::new(0),
+            fork: AtomicU64::new(1),
+        }
+    }
+
+    #[cfg(loom)]
+    pub(crate) fn new() -> Self {
+        Self {
+            head: AtomicPtr::new(null_mut()),
+            tail: AtomicPtr::new(null_mut()),
+            pending: AtomicPtr::new(null_mut()),
+            garbage: AtomicPtr::new(null_mut()),
+            progress: AtomicU64::new(0),
+            event: AtomicU32::new(0),
+            leaving: AtomicU32::new(0),
+            fork: AtomicU64::new(1),
+        }
+    }
+
+    // -- anybody, at any time
+
+    /// Adds a hook; it counts from the next fork on. Waits for nobody. The address is valid until `leave` returns.
+    pub(crate) fn join(&self, key: u64, value: T) -> *const Node<T> {
+        let node = Box::into_raw(Box::new(Node {
+            key,
+            value,
+            next: AtomicPtr::new(null_mut()),
+            prev: AtomicPtr::new(null_mut()),
+            gone: AtomicU32::new(0),
+            skipped: AtomicU64::new(0),
+        }));
+        push(&self.pending, node);
+        node
+    }
+
+    /// Takes a hook out. With `wait`, returns once no fork has it in its hands; a fork that has not committed is asked to undo.
+    ///
+    /// # Safety
+    /// `node` is from `join` of this list and has not left before.
+    pub(crate) unsafe fn leave(&self, node: *const Node<T>, wait: bool) {
+        // SAFETY: the caller's promise: not left, so neither unlinked nor freed.
+        let node = unsafe { &*node };
+        let key = node.key;
+        // The last time that this thread touches the node. SeqCst and the fence: see the invariants.
+        node.gone.store(1, SeqCst);
+        fence(SeqCst);
+        if !wait || self.progress.load(Acquire) < key {
+            return;
+        }
+        self.leaving.fetch_add(1, SeqCst);
+        loop {
+            let event = self.event.load(SeqCst);
+            // Acquire pairs with the Release in `fell`: what the hook did is visible to who drops it.
+            if self.progress.load(SeqCst) < key {
+                break;
+            }
+            sync::futex_wait(&self.event, event, ANY, None);
+        }
+        self.leaving.fetch_sub(1, SeqCst);
+    }
+
+    /// Somebody waits in `leave`.
+    pub(crate) fn is_left(&self) -> bool {
+        self.leaving.load(Relaxed) != 0
+    }
+
+    /// Frees what was unlinked. Not in a fork.
+    pub(crate) fn collect(&self) {
+        let mut node = self.garbage.swap(null_mut(), AcqRel);
+        while !node.is_null() {
+            // SAFETY: nodes in the garbage are linked nowhere and their owners have left; the swap made this thread the
+            // only one that knows them. They came from `Box::into_raw`.
+            let boxed = unsafe { Box::from_raw(node) };
+            node = boxed.next.load(Relaxed);
+            drop(boxed);
+        }
+    }
+
+    // -- the role's holder
+
+    /// Links the newcomers and unlinks who left.
+    pub(crate) fn settle(&self) {
+        let mut node = self.pending.swap(null_mut(), AcqRel);
+        while !node.is_null() {
+            // SAFETY: pending nodes are alive until unlinked, and only the role's holder unlinks.
+            let n = unsafe { &*node };
+            let rest = n.next.load(Relaxed);
+            self.link(n);
+            node = rest;
+        }
+        self.each(|n| {
+            if n.gone.load(Acquire) != 0 {
+                self.unlink(n);
+            }
+        });
+    }
+
+    /// Calls `prepare` on every hook by rising key. False if one said `Stop`: the hooks before it are prepared still.
+    pub(crate) fn prepare(&self, mut prepare: impl FnMut(&T) -> Step) -> bool {
+        let fork = self.fork.load(Relaxed) + 1;
+        self.fork.store(fork, Relaxed);
+        self.settle();
+        let mut all = true;
+        self.each(|n| {
+            if !all {
+                return;
+            }
+            let before = self.progress.load(Relaxed);
+            self.progress.store(n.key, SeqCst);
+            fence(SeqCst);
+            if n.gone.load(SeqCst) != 0 {
+                self.fell(before);
+                self.unlink(n);
+                return;
+            }
+            match prepare(&n.value) {
+                Step::Prepared => {}
+                Step::Skip => n.skipped.store(fork, Relaxed),
+                Step::Stop => {
+                    all = false;
+                    n.skipped.store(fork, Relaxed);
+                    self.fell(before);
+                }
+            }
+        });
+        all
+    }
+
+    /// Calls `f` on every hook that was prepared, by falling key.
+    pub(crate) fn finish(&self, mut f: impl FnMut(&T)) {
+        let fork = self.fork.load(Relaxed);
+        let reached = self.progress.load(Relaxed);
+        let mut at = self.tail.load(Relaxed);
+        while !at.is_null() {
+            // SAFETY: linked nodes live; only the role's holder, this thread, unlinks.
+            let n = unsafe { &*at };
+            let before = n.prev.load(Relaxed);
+            if n.key <= reached {
+                if n.skipped.load(Relaxed) != fork {
+                    f(&n.value);
+                }
+                // SAFETY: as above.
+                self.fell(unsafe { before.as_ref() }.map_or(0, |b| b.key));
+            }
+            at = before;
+        }
+        self.fell(0);
+    }
+
+    /// Calls `f` on every hook that has not left, by falling key.
+    pub(crate) fn each_living(&self, mut f: impl FnMut(&T)) {
+        self.settle();
+        let mut at = self.tail.load(Relaxed);
+        while !at.is_null() {
+            // SAFETY: as in `finish`.
+            let n = unsafe { &*at };
+            f(&n.value);
+            at = n.prev.load(Relaxed);
+        }
+    }
+
+    /// In a child that has no such fork in progress: nobody's hands hold any hook, nobody waits.
+    pub(crate) fn reset(&self) {
+        self.progress.store(0, Relaxed);
+        self.leaving.store(0, Relaxed);
+    }
+
+    /// In a child: those who waited are gone. `progress` is the forker's and stays.
+    pub(crate) fn forget_waiters(&self) {
+        self.leaving.store(0, Relaxed);
+    }
+
+    fn fell(&self, to: u64) {
+        // Release: whoever sees it sees what the hook did.
+        self.progress.store(to, Release);
+        if to == 0 {
+            // Pairs with the SeqCst count in `leave`: no sleeper is missed at the end. One that is missed on the way sleeps
+            // until then; a fence for every hook would cost each fork more than the rare wait.
+            fence(SeqCst);
+        }
+        if self.leaving.load(Relaxed) != 0 {
+            self.event.fetch_add(1, SeqCst);
+            sync::futex_wake(&self.event, u32::MAX, ANY);
+        }
+    }
+
+    fn each(&self, mut f: impl FnMut(&Node<T>)) {
+        let mut at = self.head.load(Relaxed);
+        while !at.is_null() {
+            // SAFETY: as in `finish`; `f` may unlink this very node, so its successor is read first.
+            let n = unsafe { &*at };
+            let next = n.next.load(Relaxed);
+            f(n);
+            at = next;
+        }
+    }
+
+    fn link(&self, n: &Node<T>) {
+        let mut before = self.tail.load(Relaxed);
+        // SAFETY: linked nodes live while this thread holds the role.
+        while let Some(b) = unsafe { before.as_ref() }
+            && b.key > n.key
+        {
+            before = b.prev.load(Relaxed);
+        }
+        // SAFETY: as above.
+        let before_ref = unsafe { before.as_ref() };
+        let next_place = before_ref.map_or(&self.head, |b| &b.next);
+        let after = next_place.load(Relaxed);
+        let me = std::ptr::from_ref(n).cast_mut();
+        n.prev.store(before, Relaxed);
+        n.next.store(after, Relaxed);
+        // The node is whole before it can be reached: a dirty child may find the list at any point of this.
+        next_place.store(me, Release);
+        // SAFETY: as above.
+        unsafe { after.as_ref() }.map_or(&self.tail, |a| &a.prev).store(me, Release);
+    }
+
+    fn unlink(&self, n: &Node<T>) {
+        let (before, after) = (n.prev.load(Relaxed), n.next.load(Relaxed));
+        // SAFETY: linked nodes live while this thread holds the role.
+        unsafe { before.as_ref() }.map_or(&self.head, |b| &b.next).store(after, Release);
+        // SAFETY: as above.
+        unsafe { after.as_ref() }.map_or(&self.tail, |a| &a.prev).store(before, Release);
+        push(&self.garbage, std::ptr::from_ref(n).cast_mut());
+    }
+}
+
+/// Pushes onto a stack through `next`. Only whole stacks are taken off again, so there is no ABA.
+fn push<T>(stack: &AtomicPtr<Node<T>>, node: *mut Node<T>) {
+    let mut top = stack.load(Relaxed);
+    loop {
+        // SAFETY: the caller owns `node`: fresh, or just unlinked by the role's holder.
+        unsafe { &*node }.next.store(top, Relaxed);
+        match stack.compare_exchange_weak(top, node, AcqRel, Relaxed) {
+            Ok(_) => return,
+            Err(now) => top = now,
+        }
+    }
+}

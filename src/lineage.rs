@@ -1,0 +1,91 @@
+//! Which process this is: generations, and what happened at the forks (G6, G10, D1's first counters).
+
+use crate::runtime::{self, COUNT, gate};
+use std::sync::atomic::Ordering::Relaxed;
+use std::time::Duration;
+
+/// How many forks lie between the process that loaded this library and this one.
+///
+/// Differs between parent and child after every kind of fork that gives the child memory of its own, `_Fork` and raw clone
+/// included where the kernel has `MADV_WIPEONFORK`. Costs a load and a compare; made for caches and random generators that
+/// must not repeat themselves in a child. Async-signal-safe.
+///
+/// ```
+/// let before = carefork::fork_generation();
+/// // SAFETY: the child exits at once.
+/// match unsafe { carefork::fork() }? {
+///     carefork::Fork::Child(child) => child.exit(i32::from(carefork::fork_generation() != before + 1)),
+///     carefork::Fork::Parent(mut child) => assert!(child.wait()?.success()),
+/// }
+/// # Ok::<(), Box<dyn std::error::Error>>(())
+/// ```
+#[inline]
+pub fn fork_generation() -> u64 {
+    runtime::generation()
+}
+
+/// What became of this process's memory on its way here.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[non_exhaustive]
+pub struct Lineage {
+    /// See [`fork_generation`].
+    pub generation: u64,
+    /// A fork on the way here went ahead without waiting for every region and hook (G6): locks may be held by threads that
+    /// are gone (carefork's own panic when they are waited for), a descriptor may have leaked.
+    pub dirty: bool,
+    /// A fork on the way here ran no at-fork handlers (`_Fork`, raw clone; G10). The same may be wrong.
+    pub bypass: bool,
+}
+
+/// The lineage of this process.
+///
+/// ```
+/// assert!(!carefork::lineage().dirty);
+/// ```
+pub fn lineage() -> Lineage {
+    let generation = runtime::generation();
+    Lineage { generation, dirty: runtime::dirty(), bypass: runtime::bypassed() }
+}
+
+/// How long a fork by foreign code may be kept waiting before it goes ahead dirty; `None` is for ever. At first 5 s (G6).
+pub fn set_foreign_budget(budget: Option<Duration>) {
+    let ns = budget.map_or(u64::MAX, |d| u64::try_from(d.as_nanos()).unwrap_or(u64::MAX - 1));
+    runtime::FOREIGN_BUDGET.store(ns, Relaxed);
+}
+
+/// What was counted in this process; a child starts from 0.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+#[non_exhaustive]
+pub struct Stats {
+    /// Coordinated forks that made a child.
+    pub forks: u64,
+    /// Forks by foreign code.
+    pub foreign: u64,
+    /// Coordinated forks that ended in an error.
+    pub refused: u64,
+    /// Foreign forks that went ahead dirty.
+    pub dirty: u64,
+    /// Foreign forks inside a region of the forking thread (G4).
+    pub in_region: u64,
+    /// Children that ended before they began, because libc's fork cannot be called off (G2).
+    pub thrown_away: u64,
+    /// How often a thread waiting at the gate reopened it (G11).
+    pub reopened: u64,
+    /// Reports that found no room on fd 2.
+    pub unreported: u64,
+}
+
+/// The counters of this process.
+pub fn stats() -> Stats {
+    runtime::generation();
+    Stats {
+        forks: COUNT.forks.load(Relaxed),
+        foreign: COUNT.foreign.load(Relaxed),
+        refused: COUNT.refused.load(Relaxed),
+        dirty: COUNT.dirty.load(Relaxed),
+        in_region: COUNT.in_region.load(Relaxed),
+        thrown_away: COUNT.thrown_away.load(Relaxed),
+        reopened: gate().reopened.load(Relaxed),
+        unreported: COUNT.unreported.load(Relaxed),
+    }
+}

@@ -1,0 +1,591 @@
+//! The one static of the process, its start, its threads' seats, and the three at-fork handlers.
+//!
+//! **Invariant:** from the start of `on_prepare` to the end of `on_parent`/`on_child` nothing here allocates, frees, logs,
+//! or touches thread-locals that are made on first use (G9): the two below are const and have no destructor.
+
+#![allow(unsafe_code)]
+
+use crate::care_table;
+use crate::error::Report;
+use crate::gate::{Busy, FIRST_BOUND, Gate, Slot, VACANT};
+use crate::hook::{self, Phase, Registered};
+use crate::hook_list::HookList;
+use crate::prepare::{self, Hooks, How, Outcome, Plan, Steps};
+use crate::slots::SlotTable;
+use crate::{clock, sys, verdict};
+use std::cell::{Cell, UnsafeCell};
+use std::sync::atomic::{AtomicBool, AtomicPtr, AtomicU32, AtomicU64, Ordering};
+
+use Ordering::{AcqRel, Acquire, Relaxed, Release};
+
+static GATE: Gate<SlotTable> = Gate::new(SlotTable::new());
+pub(crate) static HOOKS: HookList<Registered> = HookList::new();
+
+/// Points to the word that the kernel zeroes in a child (G10): 1 where this process is the one it was set in. Until the
+/// start it points to a 0 of ours, so that one comparison finds both.
+static ALIVE: AtomicPtr<AtomicU32> = AtomicPtr::new(&raw const NOT_STARTED as *mut AtomicU32);
+static NOT_STARTED: AtomicU32 = AtomicU32::new(0);
+/// Where there is no such page: at-fork children set it right themselves, a bypass is not noticed.
+static UNWIPED: AtomicU32 = AtomicU32::new(1);
+const HERE: u32 = 1;
+const MENDING: u32 = 2;
+
+static START: AtomicU32 = AtomicU32::new(0);
+static OFF: AtomicBool = AtomicBool::new(false);
+static KEY: AtomicU32 = AtomicU32::new(u32::MAX);
+
+/// How often this line of processes has forked; copied to children, who add one.
+static GENERATION: AtomicU64 = AtomicU64::new(0);
+/// What this process's memory went through, all generations together.
+static DIRTY: AtomicBool = AtomicBool::new(false);
+static BYPASSED: AtomicBool = AtomicBool::new(false);
+
+/// Counters for `stats`. Copied to children, who set them to 0.
+#[derive(Debug)]
+pub(crate) struct Counters {
+    pub(crate) forks: AtomicU64,
+    pub(crate) foreign: AtomicU64,
+    pub(crate) refused: AtomicU64,
+    pub(crate) dirty: AtomicU64,
+    pub(crate) in_region: AtomicU64,
+    pub(crate) thrown_away: AtomicU64,
+    pub(crate) unreported: AtomicU64,
+}
+
+pub(crate) static COUNT: Counters = Counters {
+    forks: AtomicU64::new(0),
+    foreign: AtomicU64::new(0),
+    refused: AtomicU64::new(0),
+    dirty: AtomicU64::new(0),
+    in_region: AtomicU64::new(0),
+    thrown_away: AtomicU64::new(0),
+    unreported: AtomicU64::new(0),
+};
+
+/// The budget of foreign forks in ns; `u64::MAX` is never (G6).
+pub(crate) static FOREIGN_BUDGET: AtomicU64 = AtomicU64::new(5_000_000_000);
+
+thread_local! {
+    static SEAT: Cell<*const Slot> = const { Cell::new(std::ptr::null()) };
+    static ROUNDS: Cell<u32> = const { Cell::new(0) };
+    /// What the prepare handler leaves for the parent or child handler on the same thread.
+    static PASSAGE: UnsafeCell<Passage> = const { UnsafeCell::new(Passage::NONE) };
+}
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Stage {
+    None,
+    /// Gate shut by this word, hooks prepared, role held.
+    Committed(u32),
+    /// A coordinated fork that will not be: libc forks all the same, the child ends at once.
+    Refused,
+    /// A foreign fork past its budget, or against a veto.
+    Dirty,
+    /// `CAREFORK=off`.
+    Off,
+    /// In the child, `on_child` has done its work already (another library's child handler came here first).
+    Mended,
+}
+
+struct Passage {
+    stage: Stage,
+    /// Forks that a hook or another library's handler made while this one was under way.
+    nested: u32,
+    errno: i32,
+    /// Something was left out: budget, veto.
+    dirty: bool,
+    /// The mask from before, while signals are blocked.
+    mask: Option<sys::SigSet>,
+    /// In the child: the coordinated fork that made it.
+    request: *mut (),
+}
+
+impl Passage {
+    const NONE: Passage = Passage {
+        stage: Stage::None,
+        nested: 0,
+        errno: 0,
+        dirty: false,
+        mask: None,
+        request: std::ptr::null_mut(),
+    };
+}
+
+/// A coordinated fork's side of the handlers; lives on the stack of `fork`, named by the seat (`Slot::request`).
+#[derive(Debug)]
+pub(crate) struct Request {
+    pub(crate) deadline: Option<u64>,
+    pub(crate) let_go_at: Option<u64>,
+    pub(crate) bound: u64,
+    /// Names this fork in the verdict word.
+    pub(crate) ticket: u32,
+    /// What became of it, for the parent.
+    pub(crate) outcome: Option<Outcome>,
+    /// The parent found its gate reopened after commitment: the child knows whether before the fork or after.
+    pub(crate) ask_child: bool,
+    pub(crate) report: Report,
+    pub(crate) mask: Option<sys::SigSet>,
+}
+
+pub(crate) fn gate() -> &'static Gate<SlotTable> {
+    &GATE
+}
+
+/// The calling thread's seat. One comparison finds a thread without one, a process that has not started, and a child
+/// that nobody told (G10). Async-signal-safe.
+///
+/// # Panics
+/// If there is no memory for a new thread's seat (a page for each 32 threads).
+#[inline(always)]
+pub(crate) fn me() -> &'static Slot {
+    let seat = SEAT.get();
+    // SAFETY: `ALIVE` points to a static or to a mapping that is never unmapped.
+    let alive = unsafe { &*ALIVE.load(Relaxed) };
+    if !seat.is_null() && alive.load(Relaxed) == HERE {
+        // SAFETY: seats are never unmapped.
+        return unsafe { &*seat };
+    }
+    me_slow()
+}
+
+/// The calling thread's seat if it has one.
+fn seated() -> Option<&'static Slot> {
+    // SAFETY: seats are never unmapped.
+    unsafe { SEAT.get().as_ref() }
+}
+
+#[cold]
+#[inline(never)]
+fn me_slow() -> &'static Slot {
+    match try_me_slow() {
+        Some(s) => s,
+        None => panic!("carefork: no memory for a thread's seat (mmap failed)"),
+    }
+}
+
+/// `me`, or `None` where there is no memory. Async-signal-safe.
+pub(crate) fn try_me() -> Option<&'static Slot> {
+    // SAFETY: as in `me`.
+    let alive = unsafe { &*ALIVE.load(Relaxed) };
+    match seated() {
+        Some(s) if alive.load(Relaxed) == HERE => Some(s),
+        _ => try_me_slow(),
+    }
+}
+
+fn try_me_slow() -> Option<&'static Slot> {
+    start();
+    check_generation();
+    if let Some(s) = seated() {
+        return Some(s);
+    }
+    // A signal handler that needs a seat in the middle of this would take a second one.
+    let mask = sys::block_all();
+    let s = GATE.seats.claim(sys::gettid());
+    if let Some(s) = s {
+        let name = sys::thread_name();
+        for (word, bytes) in s.name.iter().zip(name.as_chunks::<8>().0) {
+            word.store(u64::from_ne_bytes(*bytes), Relaxed);
+        }
+        SEAT.set(s);
+        arm_thread_end(s);
+    }
+    sys::set_mask(&mask);
+    s
+}
+
+// -- the thread's end
+
+/// POSIX runs thread-specific destructors for this many rounds at least, and glibc and musl for no more.
+const LAST_ROUND: u32 = 3;
+
+fn arm_thread_end(s: &Slot) {
+    let key = KEY.load(Relaxed);
+    if key != u32::MAX {
+        // SAFETY: `key` was created by `start` and is never deleted. Keys made as early as ours have their place in the
+        // thread's own block: no allocation.
+        unsafe { libc::pthread_setspecific(key, std::ptr::from_ref(s).cast()) };
+    }
+}
+
+/// Other destructors may still enter regions (G12): the seat is kept to the last round.
+extern "C" fn thread_ends(seat: *mut libc::c_void) {
+    let round = ROUNDS.get() + 1;
+    ROUNDS.set(round);
+    // SAFETY: the value was set by `arm_thread_end`; seats are never unmapped.
+    let s = unsafe { &*seat.cast::<Slot>() };
+    if round < LAST_ROUND {
+        arm_thread_end(s);
+        return;
+    }
+    SEAT.set(std::ptr::null());
+    ROUNDS.set(0);
+    s.clear();
+    GATE.left();
+    s.tid.store(VACANT, Release);
+}
+
+// -- the start
+
+#[used]
+#[unsafe(link_section = ".init_array")]
+static AT_START: extern "C" fn() = at_start;
+
+/// As early as can be: the handler registered first prepares last, and runs first in the child.
+extern "C" fn at_start() {
+    start();
+}
+
+#[inline]
+fn start() {
+    if START.load(Acquire) != 2 {
+        start_slow();
+    }
+}
+
+#[cold]
+fn start_slow() {
+    if START.compare_exchange(0, 1, AcqRel, Acquire).is_err() {
+        while START.load(Acquire) == 1 {
+            sys::yield_now();
+        }
+        return;
+    }
+    let mut key: libc::pthread_key_t = 0;
+    // SAFETY: `key` is live; `thread_ends` has the signature asked for and code that stays loaded.
+    if unsafe { libc::pthread_key_create(&mut key, Some(thread_ends)) } == 0 {
+        KEY.store(key, Relaxed);
+    }
+    let alive = match sys::map_wiped(sys::PAGE) {
+        Ok((page, true)) => page.cast::<AtomicU32>(),
+        _ => &raw const UNWIPED as *mut AtomicU32,
+    };
+    // SAFETY: a fresh zeroed mapping or a static.
+    unsafe { &*alive }.store(HERE, Relaxed);
+    ALIVE.store(alive, Release);
+    if !sys::membarrier_register() || !sys::membarrier() {
+        GATE.use_fences();
+    }
+    OFF.store(sys::env_is(c"CAREFORK", "off"), Relaxed);
+    // SAFETY: the three handlers stay loaded; an executable's or library's code that is never unloaded (P2).
+    let r = unsafe { libc::pthread_atfork(Some(on_prepare), Some(on_parent), Some(on_child)) };
+    if r != 0 {
+        // Without handlers nothing of what this library promises holds.
+        sys::say(b"carefork: pthread_atfork failed: out of memory at start; forks are not guarded\n");
+    }
+    START.store(2, Release);
+}
+
+/// Whether the gate works: it is registered, and not turned off.
+pub(crate) fn is_off() -> bool {
+    OFF.load(Relaxed)
+}
+
+// -- generation
+
+/// A bypass child comes here on its first call (G10).
+#[inline]
+pub(crate) fn check_generation() {
+    // SAFETY: as in `me`.
+    let alive = unsafe { &*ALIVE.load(Relaxed) };
+    if alive.load(Acquire) != HERE {
+        mend(alive);
+    }
+}
+
+pub(crate) fn generation() -> u64 {
+    start();
+    check_generation();
+    GENERATION.load(Relaxed)
+}
+
+pub(crate) fn dirty() -> bool {
+    DIRTY.load(Relaxed)
+}
+
+pub(crate) fn bypassed() -> bool {
+    BYPASSED.load(Relaxed)
+}
+
+#[cold]
+fn mend(alive: &AtomicU32) {
+    if alive.compare_exchange(0, MENDING, AcqRel, Acquire).is_err() {
+        while alive.load(Acquire) == MENDING {
+            sys::yield_now();
+        }
+        return;
+    }
+    // SAFETY: the passage is this thread's own, and the references made of it end with each function.
+    let passage = unsafe { &mut *PASSAGE.with(UnsafeCell::get) };
+    if matches!(passage.stage, Stage::Committed(_) | Stage::Dirty | Stage::Off) {
+        // A real at-fork child in which another library's handler came here before ours.
+        become_child(passage);
+    } else {
+        BYPASSED.store(true, Relaxed);
+        take_over(true);
+        HOOKS.reset();
+        if let Some(s) = seated() {
+            s.set_entered(false);
+        }
+    }
+    alive.store(HERE, Release);
+}
+
+/// In a child: its thread is alone, whatever the words say.
+fn take_over(ghosts: bool) {
+    GENERATION.fetch_add(1, Relaxed);
+    let me = seated();
+    GATE.seats.keep_only(me, ghosts);
+    if ghosts {
+        GATE.set_ghosts();
+    }
+    GATE.reset();
+    verdict::forget();
+    if let Some(s) = me {
+        s.tid.store(sys::gettid(), Relaxed);
+        s.request.store(std::ptr::null_mut(), Relaxed);
+    }
+    for c in [
+        &COUNT.forks,
+        &COUNT.foreign,
+        &COUNT.refused,
+        &COUNT.dirty,
+        &COUNT.in_region,
+        &COUNT.thrown_away,
+        &COUNT.unreported,
+        &GATE.reopened,
+    ] {
+        c.store(0, Relaxed);
+    }
+}
+
+// -- the handlers
+
+struct Handlers<'a> {
+    mask: &'a mut Option<sys::SigSet>,
+    coordinated: bool,
+    report: &'a mut Report,
+    /// A foreign fork that met a veto: goes ahead without that hook, dirty.
+    vetoed: bool,
+}
+
+impl Steps for Handlers<'_> {
+    fn block_signals(&mut self) {
+        if self.mask.is_none() {
+            *self.mask = Some(sys::block_all());
+        }
+    }
+
+    fn restore_signals(&mut self) {
+        if let Some(mask) = self.mask.take() {
+            sys::set_mask(&mask);
+        }
+    }
+
+    fn hooks(&mut self, how: How) -> Hooks {
+        self.vetoed = false;
+        let mut end = Hooks::Ready;
+        let all = HOOKS.prepare(|h| hook::prepare(h, how, self.coordinated, self.report, &mut self.vetoed, &mut end));
+        if !all {
+            self.undo();
+        }
+        end
+    }
+
+    fn undo(&mut self) {
+        HOOKS.finish(|h| hook::call(h, Phase::Undo));
+    }
+}
+
+/// Shuts the gate and prepares the hooks, for coordinated and foreign forks alike (G2).
+extern "C" fn on_prepare() {
+    // SAFETY: the passage is this thread's own.
+    let passage = unsafe { &mut *PASSAGE.with(UnsafeCell::get) };
+    if passage.stage != Stage::None {
+        passage.nested += 1;
+        return;
+    }
+    passage.errno = sys::errno();
+    let Some(me) = try_me() else {
+        passage.stage = Stage::Dirty;
+        return;
+    };
+    // SAFETY: the request lives on the stack of `fork`, which is below this frame on the same thread, and `fork` looks
+    // at it again only after libc's fork has returned.
+    let request = unsafe { me.request.load(Relaxed).cast::<Request>().as_mut() };
+    if OFF.load(Relaxed) {
+        passage.stage = Stage::Off;
+        if request.is_some() {
+            passage.mask = Some(sys::block_all());
+        }
+        return;
+    }
+    match request {
+        Some(request) => prepare_coordinated(me, request, passage),
+        None => prepare_foreign(me, passage),
+    }
+    // After a failure libc leaves its errno for the parent handlers; after a success nothing touches this 0.
+    sys::set_errno(0);
+}
+
+fn prepare_coordinated(me: &Slot, request: &mut Request, passage: &mut Passage) {
+    let plan = Plan {
+        coordinated: true,
+        deadline: request.deadline,
+        let_go_at: request.let_go_at,
+        bound: request.bound,
+    };
+    let mut busy = Busy::NONE;
+    let mut steps =
+        Handlers { mask: &mut passage.mask, coordinated: true, report: &mut request.report, vetoed: false };
+    let outcome = prepare::prepare(&GATE, me, &mut steps, &plan, &mut busy);
+    request.report.busy = busy;
+    request.outcome = Some(outcome);
+    passage.stage = match outcome {
+        Outcome::Committed(shut) => Stage::Committed(shut),
+        _ => Stage::Refused,
+    };
+}
+
+fn prepare_foreign(me: &Slot, passage: &mut Passage) {
+    COUNT.foreign.fetch_add(1, Relaxed);
+    if me.in_guard() {
+        COUNT.in_region.fetch_add(1, Relaxed);
+    }
+    let budget = FOREIGN_BUDGET.load(Relaxed);
+    let deadline = (budget != u64::MAX).then(|| clock::now().saturating_add(budget));
+    let plan = Plan { coordinated: false, deadline, let_go_at: None, bound: FIRST_BOUND };
+    let mut busy = Busy::NONE;
+    let mut report = Report::new();
+    let mut steps =
+        Handlers { mask: &mut passage.mask, coordinated: false, report: &mut report, vetoed: false };
+    let outcome = prepare::prepare(&GATE, me, &mut steps, &plan, &mut busy);
+    let vetoed = steps.vetoed;
+    passage.stage = match outcome {
+        Outcome::Committed(shut) => Stage::Committed(shut),
+        _ => Stage::Dirty,
+    };
+    if vetoed || passage.stage == Stage::Dirty {
+        passage.dirty = true;
+        COUNT.dirty.fetch_add(1, Relaxed);
+        report.busy = busy;
+        if !report.say(outcome) {
+            COUNT.unreported.fetch_add(1, Relaxed);
+        }
+    }
+    if passage.stage == Stage::Dirty
+        && let Some(mask) = passage.mask.take()
+    {
+        sys::set_mask(&mask);
+    }
+}
+
+extern "C" fn on_parent() {
+    // SAFETY: as in `on_prepare`.
+    let passage = unsafe { &mut *PASSAGE.with(UnsafeCell::get) };
+    if passage.nested > 0 {
+        passage.nested -= 1;
+        return;
+    }
+    let failed = sys::errno();
+    let stage = std::mem::replace(&mut passage.stage, Stage::None);
+    let Some(me) = seated() else { return };
+    // SAFETY: as in `on_prepare`.
+    let request = unsafe { me.request.load(Relaxed).cast::<Request>().as_mut() };
+    let mut ours = true;
+    if let Stage::Committed(shut) = stage {
+        let phase = if failed == 0 { Phase::Parent } else { Phase::Undo };
+        HOOKS.finish(|h| hook::call(h, phase));
+        ours = GATE.reopen(shut);
+        GATE.drop_role(me);
+    }
+    pass_mask(passage, request, ours);
+    sys::set_errno(if failed == 0 { passage.errno } else { failed });
+}
+
+/// The mask is put back at once after a foreign fork; `fork` does it after a coordinated one, when it knows the child.
+fn pass_mask(passage: &mut Passage, request: Option<&mut Request>, ours: bool) {
+    passage.dirty = false;
+    match (passage.mask.take(), request) {
+        (mask, Some(request)) => {
+            request.ask_child = !ours;
+            request.mask = mask;
+        }
+        (Some(mask), None) => sys::set_mask(&mask),
+        (None, None) => {}
+    }
+}
+
+/// Registered first, so it runs first in the child: a child that is not to be ends before anyone else's handler.
+extern "C" fn on_child() {
+    // SAFETY: as in `on_prepare`.
+    let passage = unsafe { &mut *PASSAGE.with(UnsafeCell::get) };
+    if passage.nested > 0 {
+        // Forked by a hook: nothing was agreed with anyone.
+        passage.nested = 0;
+        passage.stage = Stage::Dirty;
+        passage.dirty = true;
+        HOOKS.reset();
+    }
+    let errno = passage.errno;
+    if passage.stage != Stage::Mended {
+        become_child(passage);
+        // SAFETY: as in `me`.
+        unsafe { &*ALIVE.load(Relaxed) }.store(HERE, Release);
+    }
+    passage.stage = Stage::None;
+    // SAFETY: as in `on_prepare`; the request is this child's copy of the forking thread's stack.
+    let request = unsafe { passage.request.cast::<Request>().as_mut() };
+    pass_mask(passage, request, true);
+    sys::set_errno(errno);
+}
+
+/// What `on_child` does, whichever handler of the child comes first.
+fn become_child(passage: &mut Passage) {
+    let me = seated();
+    passage.request = me.map_or(std::ptr::null_mut(), |m| m.request.load(Relaxed));
+    // SAFETY: as in `on_child`.
+    let request = unsafe { passage.request.cast::<Request>().as_ref() };
+    let mut clean = !passage.dirty;
+    let mut hooks = false;
+    match passage.stage {
+        Stage::Refused => sys::exit_now(0),
+        Stage::Committed(shut) => {
+            hooks = true;
+            if !GATE.still_shut(shut) {
+                clean = false;
+                if let Some(request) = request {
+                    verdict::say(me, request.ticket, false);
+                    sys::exit_now(0);
+                }
+            }
+        }
+        Stage::Dirty => clean = false,
+        // Nothing was shut: as after a plain fork, but nobody is to be blamed.
+        Stage::None | Stage::Off | Stage::Mended => clean = false,
+    }
+    if let (Some(request), true) = (request, hooks) {
+        verdict::say(me, request.ticket, true);
+    }
+    if !clean {
+        DIRTY.store(true, Relaxed);
+    }
+    take_over(!clean);
+    if hooks {
+        HOOKS.forget_waiters();
+        HOOKS.finish(|h| hook::call(h, Phase::Child));
+    } else {
+        HOOKS.reset();
+    }
+    care_table::close_at_fork();
+    if let Some(me) = me {
+        me.set_entered(false);
+    }
+    passage.stage = Stage::Mended;
+}
+
+/// This thread is between the prepare handler and the parent or child handler.
+pub(crate) fn in_fork() -> bool {
+    // SAFETY: as in `on_prepare`; read only, no reference is kept.
+    unsafe { (*PASSAGE.with(UnsafeCell::get)).stage != Stage::None }
+}

@@ -1,0 +1,62 @@
+//! Signals across a fork: dispositions and mask in the child (K3).
+
+use crate::error::ForkError;
+use crate::sys;
+
+/// What a child does with the signal handlers and the mask that it inherits.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+#[non_exhaustive]
+pub enum Signals {
+    /// Nothing changes: as after fork(2).
+    #[default]
+    Inherit,
+    /// Every caught and every ignored signal goes to its default; SIGPIPE to a handler that does nothing, so that writes fail with
+    /// EPIPE and a program that is exec'ed finds the default. Then the mask is emptied, unless one is given with
+    /// [`ForkOptions::mask`](crate::ForkOptions::mask). No handler of the parent ever runs in the child.
+    Reset,
+    /// These signals go to their default and are unblocked; the others stay as they are.
+    List(Vec<i32>),
+}
+
+/// The highest signal number.
+pub(crate) const LAST: i32 = 64;
+
+/// Signals whose disposition can be set by programs: not KILL and STOP, and not libc's own 32 and 33.
+pub(crate) fn settable(signal: i32) -> bool {
+    (1..=LAST).contains(&signal) && !matches!(signal, libc::SIGKILL | libc::SIGSTOP | 32 | 33)
+}
+
+impl Signals {
+    pub(crate) fn check(&self) -> Result<(), ForkError> {
+        match self {
+            Signals::List(list) if !list.iter().all(|&s| settable(s)) => {
+                Err(ForkError::Invalid("Signals::List names SIGKILL, SIGSTOP, 32, 33 or a number that is no signal"))
+            }
+            _ => Ok(()),
+        }
+    }
+
+    /// In the child, with every signal blocked. Async-signal-safe.
+    pub(crate) fn reset_dispositions(&self) {
+        match self {
+            Signals::Inherit => {}
+            Signals::Reset => {
+                for s in (1..=LAST).filter(|&s| settable(s) && s != libc::SIGPIPE) {
+                    sys::default_disposition(s);
+                }
+                sys::ignore_by_handler(libc::SIGPIPE);
+            }
+            Signals::List(list) => list.iter().for_each(|&s| sys::default_disposition(s)),
+        }
+    }
+
+    /// The child's mask, from the parent's.
+    pub(crate) fn mask(&self, before: &sys::SigSet, given: Option<&sys::SigSet>) -> sys::SigSet {
+        match (given, self) {
+            (Some(mask), _) => *mask,
+            (None, Signals::Inherit) => *before,
+            (None, Signals::Reset) => sys::mask_of(&[]),
+            (None, Signals::List(list)) => sys::mask_without(before, list),
+        }
+    }
+}

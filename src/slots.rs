@@ -1,0 +1,141 @@
+//! The seats of all threads: mapped in growing chunks, claimed without allocation, given back at the thread's end (G1, G7, G9).
+
+#![allow(unsafe_code)]
+
+use crate::gate::{GHOST, Seats, Slot, VACANT};
+use crate::sys;
+use std::sync::atomic::{AtomicPtr, AtomicU32, Ordering};
+
+/// The first seats are there without a mapping; each chunk after them doubles what there is.
+const FIRST: u32 = 64;
+const CHUNKS: usize = 20;
+
+#[derive(Debug)]
+pub(crate) struct SlotTable {
+    first: [Slot; FIRST as usize],
+    /// Chunk k holds the seats `FIRST << k .. FIRST << (k + 1)`. Never unmapped.
+    chunks: [AtomicPtr<Slot>; CHUNKS],
+    /// Seats ever given out.
+    used: AtomicU32,
+}
+
+impl SlotTable {
+    pub(crate) const fn new() -> Self {
+        Self {
+            first: [const { Slot::new() }; FIRST as usize],
+            chunks: [const { AtomicPtr::new(std::ptr::null_mut()) }; CHUNKS],
+            used: AtomicU32::new(0),
+        }
+    }
+
+    fn at(&self, index: u32) -> Option<&Slot> {
+        if index < FIRST {
+            return self.first.get(index as usize);
+        }
+        let k = (index / FIRST).ilog2();
+        let chunk = self.chunks.get(k as usize)?.load(Ordering::Acquire);
+        if chunk.is_null() {
+            return None;
+        }
+        // SAFETY: chunk k has FIRST << k seats and `index - (FIRST << k)` is less than that, by the choice of k.
+        let seat = unsafe { chunk.add((index - (FIRST << k)) as usize) };
+        // SAFETY: chunks come zeroed from the kernel, which is a valid `Slot` (atomics and null pointers only), and are
+        // never unmapped.
+        Some(unsafe { &*seat })
+    }
+
+    /// Makes sure that the chunk of `index` is mapped.
+    fn grow(&self, index: u32) -> bool {
+        if index < FIRST {
+            return true;
+        }
+        let k = (index / FIRST).ilog2();
+        let Some(place) = self.chunks.get(k as usize) else { return false };
+        if !place.load(Ordering::Acquire).is_null() {
+            return true;
+        }
+        let len = (FIRST as usize * size_of::<Slot>()) << k;
+        let Ok(fresh) = sys::map(len, false) else { return false };
+        let null = std::ptr::null_mut();
+        // AcqRel: who finds the chunk finds it zeroed.
+        if place.compare_exchange(null, fresh.cast(), Ordering::AcqRel, Ordering::Acquire).is_err() {
+            // SAFETY: another thread was faster; nobody else knows this mapping.
+            unsafe { sys::unmap(fresh, len) };
+        }
+        true
+    }
+
+    /// A seat for thread `tid`, in use at once; `None` if there is no memory. Async-signal-safe.
+    pub(crate) fn claim(&self, tid: u32) -> Option<&Slot> {
+        loop {
+            let used = self.used.load(Ordering::SeqCst);
+            for i in 0..used {
+                let Some(s) = self.at(i) else { continue };
+                if s.tid.load(Ordering::Relaxed) == VACANT
+                    && s.tid.compare_exchange(VACANT, tid, Ordering::SeqCst, Ordering::Relaxed).is_ok()
+                {
+                    return Some(s);
+                }
+            }
+            if used >= FIRST && used.is_power_of_two() && self.sweep() {
+                continue;
+            }
+            if !self.grow(used) {
+                return None;
+            }
+            if let Some(s) = self.at(used) {
+                // Several threads may store it, the same value.
+                s.id.store(used + 1, Ordering::Relaxed);
+            }
+            let _ = self.used.compare_exchange(used, used + 1, Ordering::SeqCst, Ordering::Relaxed);
+        }
+    }
+
+    /// Seats whose threads ended without giving them back (the last round of their destructors took a new one).
+    fn sweep(&self) -> bool {
+        let mut found = false;
+        self.each(|s| {
+            let tid = s.tid.load(Ordering::Relaxed);
+            if tid != VACANT && tid != GHOST && s.depth() == 0 && sys::thread_is_gone(tid) {
+                found |= s.tid.compare_exchange(tid, VACANT, Ordering::SeqCst, Ordering::Relaxed).is_ok();
+            }
+            true
+        });
+        found
+    }
+
+    /// In a child, where only the owner of `me` lives on: the others' seats are given back or, where their regions may
+    /// have been cut off, become ghosts.
+    pub(crate) fn keep_only(&self, me: Option<&Slot>, ghosts: bool) {
+        self.each(|s| {
+            if me.is_some_and(|m| std::ptr::eq(m, s)) {
+                return true;
+            }
+            let tid = s.tid.load(Ordering::Relaxed);
+            if tid == GHOST || tid == VACANT {
+                return true;
+            }
+            if !ghosts {
+                s.clear();
+            }
+            s.tid.store(if ghosts { GHOST } else { VACANT }, Ordering::Relaxed);
+            true
+        });
+    }
+}
+
+impl Seats for SlotTable {
+    fn each(&self, mut f: impl FnMut(&Slot) -> bool) {
+        for i in 0..self.used.load(Ordering::SeqCst) {
+            if let Some(s) = self.at(i)
+                && !f(s)
+            {
+                return;
+            }
+        }
+    }
+
+    fn seat(&self, id: u32) -> Option<&Slot> {
+        if id == 0 || id > self.used.load(Ordering::Relaxed) { None } else { self.at(id - 1) }
+    }
+}

@@ -1,0 +1,74 @@
+//! Whether the child of a coordinated fork saw the gate shut to the end (G11).
+//!
+//! A waiter may reopen the gate just after the fork and before the parent's handler: then the child is clean, and only the child
+//! knows. It says so in a page that parent and child share, in a word of the forking thread's seat. A child never uses
+//! its parent's page for forks of its own.
+
+#![allow(unsafe_code)]
+
+use crate::gate::Slot;
+use crate::sys;
+use std::io;
+use std::sync::atomic::{AtomicPtr, AtomicU32, Ordering};
+
+const WORDS: u32 = (sys::PAGE / size_of::<AtomicU32>()) as u32;
+const GOOD: u32 = 1;
+const BAD: u32 = 2;
+
+static PAGE: AtomicPtr<AtomicU32> = AtomicPtr::new(std::ptr::null_mut());
+
+/// Makes sure that there is a page. Before the fork.
+pub(crate) fn ready() -> io::Result<()> {
+    if !PAGE.load(Ordering::Acquire).is_null() {
+        return Ok(());
+    }
+    let page = sys::map(sys::PAGE, true)?;
+    let null = std::ptr::null_mut();
+    if PAGE.compare_exchange(null, page.cast(), Ordering::AcqRel, Ordering::Acquire).is_err() {
+        // SAFETY: another thread was faster; nobody else knows this mapping.
+        unsafe { sys::unmap(page, sys::PAGE) };
+    }
+    Ok(())
+}
+
+fn word(seat: u32) -> Option<&'static AtomicU32> {
+    let page = PAGE.load(Ordering::Acquire);
+    if page.is_null() {
+        return None;
+    }
+    // SAFETY: the index is below WORDS, the page holds that many words, zeroed by the kernel. It is unmapped only by
+    // `forget`, in a child whose one thread holds no reference into it.
+    Some(unsafe { &*page.add((seat % WORDS) as usize) })
+}
+
+/// In the child's handler, before the gate is reset. Async-signal-safe.
+pub(crate) fn say(me: Option<&Slot>, ticket: u32, good: bool) {
+    if let Some(w) = me.and_then(|m| word(m.id())) {
+        w.store(ticket << 2 | if good { GOOD } else { BAD }, Ordering::Release);
+        sys::futex_wake_shared(w);
+    }
+}
+
+/// In the parent: what the child said, or true if it died before it could.
+pub(crate) fn ask(me: &Slot, ticket: u32, is_dead: impl Fn() -> bool) -> bool {
+    let Some(w) = word(me.id()) else { return true };
+    loop {
+        let seen = w.load(Ordering::Acquire);
+        if seen >> 2 == ticket & (u32::MAX >> 2) && seen & 3 != 0 {
+            return seen & 3 == GOOD;
+        }
+        if is_dead() {
+            return true;
+        }
+        sys::futex_wait_shared(w, seen, 1_000_000);
+    }
+}
+
+/// In a child: the page is the parent's.
+pub(crate) fn forget() {
+    let page = PAGE.swap(std::ptr::null_mut(), Ordering::Relaxed);
+    if !page.is_null() {
+        // SAFETY: only this thread lives in this child, and it holds no reference into the page here.
+        unsafe { sys::unmap(page.cast(), sys::PAGE) };
+    }
+}
