@@ -1,0 +1,264 @@
+//! Forks: two processes of this program take turns on the same work, one with `CAREFORK=off`.
+
+use crate::measure::{median, row, turns};
+use carefork::{CareFd, Fork, ForkOptions, Hook, Signals};
+use std::io::{BufRead, BufReader, Write};
+use std::os::fd::OwnedFd;
+use std::process::{Child, ChildStdin, ChildStdout, Command, Stdio};
+use std::sync::atomic::{AtomicBool, AtomicU32, Ordering};
+use std::time::Instant;
+
+/// One of the two processes: answers a line with a line.
+struct Server {
+    child: Child,
+    to: ChildStdin,
+    from: BufReader<ChildStdout>,
+}
+
+impl Server {
+    fn start(off: bool, setup: &str) -> Server {
+        let mut c = Command::new(std::env::current_exe().unwrap());
+        c.args(["serve", setup]).stdin(Stdio::piped()).stdout(Stdio::piped());
+        if off {
+            c.env("CAREFORK", "off");
+        }
+        let mut child = c.spawn().unwrap();
+        let (to, from) = (child.stdin.take().unwrap(), BufReader::new(child.stdout.take().unwrap()));
+        Server { child, to, from }
+    }
+
+    fn ask(&mut self, what: &str) -> f64 {
+        writeln!(self.to, "{what}").unwrap();
+        let mut line = String::new();
+        self.from.read_line(&mut line).unwrap();
+        line.trim().parse().unwrap_or_else(|_| panic!("{what}: {line:?}"))
+    }
+}
+
+impl Drop for Server {
+    fn drop(&mut self) {
+        self.child.kill().unwrap();
+        self.child.wait().unwrap();
+    }
+}
+
+const FORKS: usize = 40;
+
+fn wait(pid: i32) {
+    let mut status = 0;
+    assert_eq!(unsafe { libc::waitpid(pid, &mut status, 0) }, pid);
+    assert_eq!(status, 0);
+}
+
+fn bare() {
+    match unsafe { libc::fork() } {
+        0 => unsafe { libc::_exit(0) },
+        pid => wait(pid),
+    }
+}
+
+fn careful(options: &ForkOptions) {
+    match unsafe { options.fork() }.unwrap() {
+        Fork::Child(c) => c.exit(0),
+        Fork::Parent(mut c) => assert!(c.wait().unwrap().success()),
+    }
+}
+
+/// qemu_fork: block everything, fork, 64 handlers to default in the child, unblock on both sides.
+fn qemu() {
+    unsafe {
+        let mut all: libc::sigset_t = std::mem::zeroed();
+        let mut old: libc::sigset_t = std::mem::zeroed();
+        libc::sigfillset(&mut all);
+        libc::pthread_sigmask(libc::SIG_SETMASK, &all, &mut old);
+        let pid = libc::fork();
+        if pid == 0 {
+            let mut action: libc::sigaction = std::mem::zeroed();
+            action.sa_sigaction = libc::SIG_DFL;
+            for s in 1..=64 {
+                libc::sigaction(s, &action, std::ptr::null_mut());
+            }
+            libc::sigemptyset(&mut all);
+            libc::pthread_sigmask(libc::SIG_SETMASK, &all, std::ptr::null_mut());
+            libc::_exit(0);
+        }
+        libc::pthread_sigmask(libc::SIG_SETMASK, &old, std::ptr::null_mut());
+        wait(pid);
+    }
+}
+
+/// The median time of a fork with `f`, ns.
+fn time(f: impl Fn()) -> f64 {
+    median(
+        (0..FORKS)
+            .map(|_| {
+                let t = Instant::now();
+                f();
+                t.elapsed().as_nanos() as f64
+            })
+            .collect(),
+    )
+}
+
+/// Runs `f` in a child and hands back the number it makes.
+fn in_child(f: impl FnOnce() -> f64) -> f64 {
+    let (read, write) = std::io::pipe().unwrap();
+    match unsafe { libc::fork() } {
+        0 => {
+            let x = f();
+            let _ = (&write).write_all(&x.to_ne_bytes());
+            unsafe { libc::_exit(0) }
+        }
+        pid => {
+            drop(write);
+            let mut bytes = [0; 8];
+            std::io::Read::read_exact(&mut &read, &mut bytes).unwrap();
+            wait(pid);
+            f64::from_ne_bytes(bytes)
+        }
+    }
+}
+
+fn faults() -> f64 {
+    unsafe {
+        let mut r: libc::rusage = std::mem::zeroed();
+        libc::getrusage(libc::RUSAGE_SELF, &mut r);
+        r.ru_minflt as f64
+    }
+}
+
+/// `n` neighbouring descriptors above 1000.
+fn neighbours(n: i32) -> Vec<OwnedFd> {
+    use std::os::fd::FromRawFd;
+    (0..n).map(|i| unsafe { OwnedFd::from_raw_fd(libc::fcntl(0, libc::F_DUPFD_CLOEXEC, 1000 + i)) }).collect()
+}
+
+/// The process at the other end: `setup` once, then a line in, a number out.
+pub fn serve() {
+    static STOP: AtomicBool = AtomicBool::new(false);
+    static READY: AtomicU32 = AtomicU32::new(0);
+    let setup = std::env::args().nth(2).unwrap();
+    for _ in 0..4 {
+        std::thread::spawn(|| {
+            READY.fetch_add(1, Ordering::SeqCst);
+            loop {
+                std::thread::park();
+            }
+        });
+    }
+    while READY.load(Ordering::SeqCst) < 4 {
+        std::thread::yield_now();
+    }
+    let mut hooks = Vec::new();
+    let mut locks: (Vec<Box<carefork::Mutex<u32>>>, Vec<Box<parking_lot::Mutex<u32>>>) = Default::default();
+    let mut fds: (Vec<CareFd<OwnedFd>>, Vec<OwnedFd>) = Default::default();
+    match setup.split_once(':').unwrap_or((&setup, "")) {
+        ("regions", _) => {
+            for _ in 0..2 {
+                std::thread::spawn(|| {
+                    while !STOP.load(Ordering::Relaxed) {
+                        drop(carefork::no_forking());
+                    }
+                });
+            }
+        }
+        ("hooks", n) => {
+            for _ in 0..n.parse().unwrap() {
+                hooks.push(carefork::register(Hook::new("bench").prepare(|| {}).parent(|| {}).child(|| {})));
+            }
+        }
+        ("locks", "carefork") => locks.0 = (0..100_000).map(|i| Box::new(carefork::Mutex::new(i))).collect(),
+        ("locks", _) => locks.1 = (0..100_000).map(|i| Box::new(parking_lot::Mutex::new(i))).collect(),
+        ("care", n) => {
+            fds.0 = neighbours(n.parse().unwrap()).into_iter().map(|f| CareFd::new(f).unwrap()).collect();
+        }
+        ("bare", n) => fds.1 = neighbours(n.parse().unwrap()),
+        _ => {}
+    }
+    let inherit = ForkOptions::new();
+    let reset = ForkOptions::new().signals(Signals::Reset);
+    let n = (fds.0.len() + fds.1.len()) as u32;
+    for line in std::io::stdin().lines() {
+        let x = match line.unwrap().as_str() {
+            "bare" => time(bare),
+            "inherit" => time(|| careful(&inherit)),
+            "reset" => time(|| careful(&reset)),
+            "qemu" => time(qemu),
+            "cleanup" => in_child(|| {
+                let t = Instant::now();
+                unsafe { carefork::postfork_child_noexec() }.unwrap();
+                t.elapsed().as_nanos() as f64
+            }),
+            "range" => in_child(|| {
+                let t = Instant::now();
+                unsafe { libc::syscall(libc::SYS_close_range, 1000, 1000 + n - 1, 0) };
+                t.elapsed().as_nanos() as f64
+            }),
+            "cleanup faults" => in_child(|| {
+                let before = faults();
+                unsafe { carefork::postfork_child_noexec() }.unwrap();
+                faults() - before
+            }),
+            "range faults" => in_child(|| {
+                let before = faults();
+                unsafe { libc::syscall(libc::SYS_close_range, 1000, 1000 + n - 1, 0) };
+                faults() - before
+            }),
+            other => panic!("{other}"),
+        };
+        println!("{x}");
+    }
+}
+
+pub fn rows(wanted: &dyn Fn(&str) -> bool) {
+    let pair = |what: &str, ours: (bool, &str, &str), rival: (bool, &str, &str), limit: f64| {
+        if !wanted(what) {
+            return;
+        }
+        let (mut a, mut b) = (Server::start(ours.0, ours.1), Server::start(rival.0, rival.1));
+        let r = turns(31, || a.ask(ours.2) / 1000.0, || b.ask(rival.2) / 1000.0);
+        row(what, r, "µs", limit);
+    };
+    pair("fork+_exit+wait, Inherit, against bare", (false, "", "inherit"), (true, "", "bare"), 1.06);
+    pair("fork+_exit+wait, Reset, against bare", (false, "", "reset"), (true, "", "bare"), 1.10);
+    pair("fork+_exit+wait, Reset, against qemu_fork", (false, "", "reset"), (true, "", "qemu"), 1.0);
+    pair(
+        "fork beside two threads in and out of regions, against bare",
+        (false, "regions", "inherit"),
+        (true, "regions", "bare"),
+        1.15,
+    );
+    pair(
+        "fork with 100 000 locks alive, against parking_lot's",
+        (false, "locks:carefork", "inherit"),
+        (false, "locks:parking_lot", "inherit"),
+        1.02,
+    );
+    let what = "fork with 1000 hooks, each";
+    if wanted(what) {
+        let (mut a, mut b) = (Server::start(false, "hooks:1000"), Server::start(false, "hooks:0"));
+        let (ours, rival, _) = turns(61, || a.ask("inherit"), || b.ask("inherit"));
+        let each = (ours - rival) / 1000.0;
+        let verdict = if each <= 25.0 { "reached" } else { "**missed**" };
+        println!(
+            "| {what} | {:.1} µs | {:.1} µs (none) | {each:.1} ns | ≤ 25 ns | {verdict} |",
+            ours / 1000.0,
+            rival / 1000.0
+        );
+    }
+    for (n, limit) in [(100, 1.5), (10_000, 1.15)] {
+        let (care, bare) = (format!("care:{n}"), format!("bare:{n}"));
+        pair(
+            &format!("cleanup of {n} care-fds, against one close_range"),
+            (false, &care, "cleanup"),
+            (true, &bare, "range"),
+            limit,
+        );
+        let what = format!("cleanup of {n} care-fds, page faults");
+        if wanted(&what) {
+            let (mut a, mut b) = (Server::start(false, &care), Server::start(true, &bare));
+            let (ours, rival, _) = turns(11, || a.ask("cleanup faults"), || b.ask("range faults"));
+            println!("| {what} | {ours} | {rival} (close_range) | | the registry's own pages: {} | |", (n * 4 + 4095) / 4096);
+        }
+    }
+}

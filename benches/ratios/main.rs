@@ -1,0 +1,25 @@
+//! Every figure of the README's table: a ratio to a rival that runs in turn with it, in the same run; medians.
+//!
+//! `cargo bench` prints the table; `cargo bench -- fork` only the rows whose name contains `fork`. Forks are measured in two
+//! processes of this same program that take turns, one with `CAREFORK=off`, because at-fork handlers cannot be taken out
+//! again: there a fork is libc's fork and three handlers that return at once.
+
+#![allow(unsafe_code, clippy::disallowed_methods, clippy::undocumented_unsafe_blocks)]
+#![allow(clippy::multiple_unsafe_ops_per_block, let_underscore_drop)]
+
+mod forks;
+mod measure;
+mod plain;
+
+fn main() {
+    let args: Vec<String> = std::env::args().skip(1).filter(|a| !a.starts_with("--")).collect();
+    if args.first().map(String::as_str) == Some("serve") {
+        forks::serve();
+        return;
+    }
+    let wanted = |name: &str| args.is_empty() || args.iter().any(|a| name.contains(a.as_str()));
+    println!("| what | ours | rival | ratio | to reach | |");
+    println!("|---|---|---|---|---|---|");
+    plain::rows(&wanted);
+    forks::rows(&wanted);
+}
