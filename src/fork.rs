@@ -11,7 +11,7 @@ use crate::prepare::Outcome;
 use crate::runtime::{self, COUNT, Request};
 use crate::{care_table, clock, stdio, sys, verdict};
 use std::io::Write;
-use std::os::fd::AsRawFd;
+use std::os::fd::{AsRawFd, IntoRawFd};
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::atomic::{AtomicU32, Ordering::Relaxed};
 
@@ -91,7 +91,7 @@ impl ForkOptions<'_> {
         if outcome.is_err() {
             COUNT.refused.fetch_add(1, Relaxed);
         }
-        if !matches!(outcome, Ok(Fork::Child(_))) {
+        if runtime::HOOKS.has_leftovers() && !matches!(outcome, Ok(Fork::Child(_))) {
             crate::hook::tidy();
         }
         outcome
@@ -160,9 +160,7 @@ impl ForkOptions<'_> {
             let end = unsafe { once(me, &mut request) };
             let pid = match end {
                 Ok(0) => {
-                    COUNT.forks.store(0, Relaxed);
-                    self.begin_child(&ready, request.mask.as_ref());
-                    return Ok(Fork::Child(InChild::new(ready.keep)));
+                    return Ok(Fork::Child(self.begin_child(ready, request.mask.as_ref())));
                 }
                 Ok(pid) => pid,
                 Err(e) => {
@@ -201,7 +199,7 @@ impl ForkOptions<'_> {
     }
 
     /// The child's first steps, signals blocked. Async-signal-safe: nothing here can fail or allocate.
-    fn begin_child(&self, ready: &Ready, before: Option<&sys::SigSet>) {
+    fn begin_child(&self, ready: Ready, before: Option<&sys::SigSet>) -> InChild {
         self.signals.reset_dispositions();
         if self.new_session {
             sys::new_session();
@@ -209,12 +207,15 @@ impl ForkOptions<'_> {
         if let Some(name) = &ready.name {
             sys::set_name(name);
         }
-        if let Some(null) = &ready.null {
+        if let Some(null) = ready.null {
             sys::become_stdio(null.as_raw_fd());
+            if null.as_raw_fd() <= libc::STDERR_FILENO {
+                // A standard stream was closed in the parent, and this is it now.
+                let _ = null.into_raw_fd();
+            }
         }
         if self.close_others {
-            let null = ready.null.as_ref().map(AsRawFd::as_raw_fd);
-            care_table::close_all_but(&ready.keep, null);
+            care_table::close_all_but(&ready.keep);
         }
         if let Some(signal) = self.death_signal {
             sys::set_death_signal(signal);
@@ -225,6 +226,7 @@ impl ForkOptions<'_> {
         if let Some(before) = before {
             sys::set_mask(&self.signals.mask(before, ready.mask.as_ref()));
         }
+        InChild::new(ready.keep)
     }
 }
 

@@ -137,6 +137,11 @@ impl<T> HookList<T> {
         self.leaving.load(Relaxed) != 0
     }
 
+    /// There is something for `settle` or `collect` to do.
+    pub(crate) fn has_leftovers(&self) -> bool {
+        !self.pending.load(Relaxed).is_null() || !self.garbage.load(Relaxed).is_null()
+    }
+
     /// Frees what was unlinked. Not in a fork.
     pub(crate) fn collect(&self) {
         let mut node = self.garbage.swap(null_mut(), AcqRel);

@@ -317,7 +317,7 @@ fn mend(alive: &AtomicU32) {
     }
     // SAFETY: the passage is this thread's own, and the references made of it end with each function.
     let passage = unsafe { &mut *PASSAGE.with(UnsafeCell::get) };
-    if matches!(passage.stage, Stage::Committed(_) | Stage::Dirty | Stage::Off) {
+    if !matches!(passage.stage, Stage::None | Stage::Mended) {
         // A real at-fork child in which another library's handler came here before ours.
         become_child(passage);
     } else {
@@ -530,8 +530,6 @@ extern "C" fn on_child() {
     let errno = passage.errno;
     if passage.stage != Stage::Mended {
         become_child(passage);
-        // SAFETY: as in `me`.
-        unsafe { &*ALIVE.load(Relaxed) }.store(HERE, Release);
     }
     passage.stage = Stage::None;
     // SAFETY: as in `on_prepare`; the request is this child's copy of the forking thread's stack.
@@ -571,6 +569,9 @@ fn become_child(passage: &mut Passage) {
         DIRTY.store(true, Relaxed);
     }
     take_over(!clean);
+    // From here on hooks may use regions: `me` must not think that nobody told this child.
+    // SAFETY: as in `me`.
+    unsafe { &*ALIVE.load(Relaxed) }.store(HERE, Release);
     if hooks {
         HOOKS.forget_waiters();
         HOOKS.finish(|h| hook::call(h, Phase::Child));

@@ -16,6 +16,8 @@ const GOOD: u32 = 1;
 const BAD: u32 = 2;
 
 static PAGE: AtomicPtr<AtomicU32> = AtomicPtr::new(std::ptr::null_mut());
+/// The parent's page, in a child that has not needed one of its own yet.
+static OLD: AtomicPtr<AtomicU32> = AtomicPtr::new(std::ptr::null_mut());
 
 /// Makes sure that there is a page. Before the fork.
 pub(crate) fn ready() -> io::Result<()> {
@@ -28,6 +30,11 @@ pub(crate) fn ready() -> io::Result<()> {
         // SAFETY: another thread was faster; nobody else knows this mapping.
         unsafe { sys::unmap(page, sys::PAGE) };
     }
+    let old = OLD.swap(std::ptr::null_mut(), Ordering::AcqRel);
+    if !old.is_null() {
+        // SAFETY: `forget` put it there, whose process held no reference into it; the swap made it this thread's.
+        unsafe { sys::unmap(old.cast(), sys::PAGE) };
+    }
     Ok(())
 }
 
@@ -36,8 +43,8 @@ fn word(seat: u32) -> Option<&'static AtomicU32> {
     if page.is_null() {
         return None;
     }
-    // SAFETY: the index is below WORDS, the page holds that many words, zeroed by the kernel. It is unmapped only by
-    // `forget`, in a child whose one thread holds no reference into it.
+    // SAFETY: the index is below WORDS, the page holds that many words, zeroed by the kernel. It is unmapped only
+    // in children, after `forget`.
     Some(unsafe { &*page.add((seat % WORDS) as usize) })
 }
 
@@ -64,11 +71,11 @@ pub(crate) fn ask(me: &Slot, ticket: u32, is_dead: impl Fn() -> bool) -> bool {
     }
 }
 
-/// In a child: the page is the parent's.
+/// In a child, whose one thread holds no reference into it: the page is the parent's. Unmapped with the first fork of this
+/// process's own, since most children make none.
 pub(crate) fn forget() {
     let page = PAGE.swap(std::ptr::null_mut(), Ordering::Relaxed);
     if !page.is_null() {
-        // SAFETY: only this thread lives in this child, and it holds no reference into the page here.
-        unsafe { sys::unmap(page.cast(), sys::PAGE) };
+        OLD.store(page, Ordering::Relaxed);
     }
 }
