@@ -1,6 +1,24 @@
 //! `fork()` made sound practice in multithreaded programs.
-
-#![cfg_attr(docsrs, feature(doc_cfg))]
+//!
+//! A fork copies every lock in whatever state it is in and every descriptor that is open, and only one thread. With this library
+//! a fork from any thread, by [`fork`] or by anybody's fork(2), waits until no other thread is in a *region*, has registered
+//! *hooks* take the locks it cannot see into, and lets everything go on both sides.
+//!
+//! - **Regions**: [`no_forking`]. The critical sections of [`Mutex`], [`RwLock`] and the initialisers of [`OnceLock`] and
+//!   [`LazyLock`] are regions; so are opening and closing a [`CareFd`].
+//! - **Hooks**: [`register`] a [`Hook`] for locks of other kinds; [`stdio::guard`] for std's output.
+//! - **Descriptors**: [`CareFd`] wraps one that must not linger in a child.
+//! - **Forking**: [`fork`], [`spawn`], [`ForkOptions`]; the child holds an [`InChild`] token, the parent a [`Child`].
+//!
+//! # What a child may do
+//! A child made by [`spawn`], or one that called [`InChild::cleanup`], may use every carefork lock, registered foreign locks,
+//! the allocator (glibc's, jemalloc and mimalloc have at-fork handlers of their own), new threads and new care-fds, and may fork again.
+//! It must not use what [`fork`]'s safety section lists.
+//!
+//! # Limitations
+//! Linux. Children of vfork, posix_spawn and clone with shared memory must not call this library. Built into a library
+//! that is loaded by dlopen, that library must not be unloaded, and the first region of a thread may allocate its
+//! thread-local storage.
 
 // ground
 mod sync;
@@ -46,8 +64,14 @@ pub use options::ForkOptions;
 pub use region::{NoForking, force_unlock, no_forking, try_no_forking};
 pub use signals::Signals;
 
-/// The clock that bounds and budgets are measured by, driven by a test (G11).
+/// What tests and benches need and programs do not: the clock, and the bare registry.
 #[cfg(feature = "testing")]
 pub mod testing {
+    pub use crate::care_table::{bench_register as register, bench_unregister as unregister};
     pub use crate::clock::{advance, release};
 }
+
+/// The README's example.
+#[cfg(doctest)]
+#[doc = include_str!("../README.md")]
+pub struct Readme;
