@@ -312,11 +312,19 @@ pub(crate) fn close_range(first: u32, last: u32) {
         if unsafe { libc::syscall(libc::SYS_close_range, first, last, 0) } == 0 {
             return;
         }
-        for fd in first..=last.min(i32::MAX as u32) {
+        for fd in first..=last.min(highest_fd()) {
             // SAFETY: as above. EBADF is harmless, EINTR closes on Linux.
             unsafe { libc::close(fd as RawFd) };
         }
     });
+}
+
+/// No descriptor is above this: the hard limit, which the soft one may have been once.
+fn highest_fd() -> u32 {
+    let mut limit = libc::rlimit { rlim_cur: 0, rlim_max: 0 };
+    // SAFETY: `limit` is live.
+    unsafe { libc::getrlimit(libc::RLIMIT_NOFILE, &mut limit) };
+    u32::try_from(limit.rlim_max).map_or(1 << 20, |m| m.clamp(1 << 16, 1 << 30))
 }
 
 /// Device and inode of what `fd` refers to.

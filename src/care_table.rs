@@ -1,0 +1,381 @@
+//! The registry of care-fds: one word per descriptor number (F4, F5). No allocation, no lock, no wait.
+//!
+//! # A word
+//! | bits  | meaning                                                                                   |
+//! |-------|-------------------------------------------------------------------------------------------|
+//! | 0-1   | 0 not registered, 1 [`Kind::Cleanup`], 2 [`Kind::Close`]                                  |
+//! | 2-31  | generation: moved on by each registration, kept by all else                               |
+//!
+//! The word as registered is the `CareFd`'s *stamp*: it is live while the word equals it. A child that closes a number
+//! clears bits 0-1, so that the stamp never fits again, also when the number is in use once more.
+//!
+//! # Who writes
+//! The number's owner, and nobody else: between the kernel handing the number out and taking it back there is one. So
+//! registering is plain loads and stores. From one owner to the next the kernel orders them (close and open of one
+//! number go through one lock). In a child, the thread that cleans up.
+//!
+//! # Memory
+//! Words lie in chunks of 64 KiB that are mapped when first needed and never unmapped; a page of them that was never
+//! written costs nothing.
+
+#![allow(unsafe_code)]
+
+use crate::{sys, sys_close};
+use std::io;
+use std::os::fd::RawFd;
+use std::sync::atomic::{AtomicPtr, AtomicU32, Ordering};
+
+use Ordering::{AcqRel, Acquire, Relaxed, Release};
+
+/// Words in a chunk, and chunks for every number there can be.
+const CHUNK: u32 = 16384;
+const CHUNKS: usize = (1 << 31) / CHUNK as usize;
+/// Words looked at together: a cache line.
+const LINE: u32 = 16;
+
+const KIND: u32 = 3;
+const GENERATION: u32 = 4;
+
+/// The registry of this process.
+pub(crate) static TABLE: CareTable = CareTable::new();
+
+/// When a child closes it.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[repr(u32)]
+pub(crate) enum Kind {
+    Cleanup = 1,
+    Close = 2,
+}
+
+/// What a number's word says to who holds a stamp.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum State {
+    Live,
+    /// Closed by a child's clean-up, or at its fork.
+    Closed,
+    /// Registered again since, by another owner.
+    Taken,
+}
+
+/// A word for every number, two levels deep.
+#[derive(Debug)]
+struct Words {
+    chunks: [AtomicPtr<AtomicU32>; CHUNKS],
+}
+
+impl Words {
+    const fn new() -> Self {
+        Self { chunks: [const { AtomicPtr::new(std::ptr::null_mut()) }; CHUNKS] }
+    }
+
+    /// The chunk with that index, if it was ever needed.
+    #[inline(always)]
+    fn chunk(&self, index: usize) -> Option<&[AtomicU32; CHUNK as usize]> {
+        // Acquire pairs with `grow`: who finds the chunk finds it zeroed.
+        let chunk = self.chunks.get(index)?.load(Acquire);
+        // SAFETY: null, or a mapping of CHUNK words by `grow`, which came zeroed (a valid AtomicU32), is aligned to a page
+        // and is never unmapped.
+        unsafe { chunk.cast::<[AtomicU32; CHUNK as usize]>().as_ref() }
+    }
+
+    /// The word of `fd`; `None` if it is negative or in a chunk that was never needed.
+    #[inline(always)]
+    fn get(&self, fd: RawFd) -> Option<&AtomicU32> {
+        let fd = fd as u32;
+        // A negative number is an index behind the last chunk.
+        self.chunk((fd / CHUNK) as usize).map(|c| &c[(fd % CHUNK) as usize])
+    }
+
+    /// The word of `fd`, mapped if need be.
+    fn get_or_map(&self, fd: RawFd) -> io::Result<&AtomicU32> {
+        if let Some(word) = self.get(fd) {
+            return Ok(word);
+        }
+        let invalid = || io::Error::from_raw_os_error(libc::EBADF);
+        let place = self.chunks.get((fd as u32 / CHUNK) as usize).ok_or_else(invalid)?;
+        Self::grow(place)?;
+        self.get(fd).ok_or_else(invalid)
+    }
+
+    #[cold]
+    fn grow(place: &AtomicPtr<AtomicU32>) -> io::Result<()> {
+        let len = CHUNK as usize * size_of::<AtomicU32>();
+        let fresh = sys::map(len, false)?;
+        if place.compare_exchange(std::ptr::null_mut(), fresh.cast(), AcqRel, Acquire).is_err() {
+            // SAFETY: another thread was faster; nobody else knows this mapping.
+            unsafe { sys::unmap(fresh, len) };
+        }
+        Ok(())
+    }
+}
+
+#[derive(Debug)]
+pub(crate) struct CareTable {
+    words: Words,
+    /// By kind: one more than the highest number ever registered. Numbers are given out lowest first, so this is written
+    /// a few times in a process's life and then only read.
+    above: [AtomicU32; 2],
+    /// What each number referred to when it was registered: a hash, 0 if that could not be told.
+    #[cfg(debug_assertions)]
+    identities: Words,
+}
+
+impl CareTable {
+    pub(crate) const fn new() -> Self {
+        Self {
+            words: Words::new(),
+            above: [const { AtomicU32::new(0) }; 2],
+            #[cfg(debug_assertions)]
+            identities: Words::new(),
+        }
+    }
+
+    /// Registers `fd`; its stamp. The caller owns the number and is in a region. Async-signal-safe.
+    ///
+    /// A number that is registered already was closed behind its owner's back: that owner's stamp fits no more.
+    #[inline]
+    pub(crate) fn register(&self, fd: RawFd, kind: Kind) -> io::Result<u32> {
+        let word = self.words.get_or_map(fd)?;
+        let before = word.load(Acquire);
+        #[cfg(debug_assertions)]
+        self.remember(fd, before);
+        let above = &self.above[kind as usize - 1];
+        if above.load(Relaxed) <= fd as u32 {
+            above.fetch_max(fd as u32 + 1, Relaxed);
+        }
+        let stamp = (before & !KIND).wrapping_add(GENERATION) | kind as u32;
+        word.store(stamp, Release);
+        Ok(stamp)
+    }
+
+    /// Ends the registration that gave `stamp`. The caller still owns the number: this comes before the close (G6).
+    /// False, and nothing done, if it is not live here. Async-signal-safe.
+    #[inline]
+    pub(crate) fn unregister(&self, fd: RawFd, stamp: u32) -> bool {
+        match self.words.get(fd) {
+            Some(word) if word.load(Relaxed) == stamp => {
+                word.store(stamp & !KIND, Release);
+                true
+            }
+            _ => false,
+        }
+    }
+
+    /// Whether the registration that gave `stamp` still holds here: `fd` is open and the same. Async-signal-safe.
+    #[inline(always)]
+    pub(crate) fn is_live(&self, fd: RawFd, stamp: u32) -> bool {
+        self.words.get(fd).is_some_and(|word| word.load(Relaxed) == stamp)
+    }
+
+    /// As `is_live`, and why not.
+    pub(crate) fn state(&self, fd: RawFd, stamp: u32) -> State {
+        match self.words.get(fd).map_or(0, |word| word.load(Relaxed)) {
+            word if word == stamp => State::Live,
+            word if word & KIND == 0 => State::Closed,
+            _ => State::Taken,
+        }
+    }
+
+    /// When children close `fd`, if it is registered.
+    #[cfg_attr(not(test), allow(dead_code, reason = "for audit()"))]
+    pub(crate) fn kind(&self, fd: RawFd) -> Option<Kind> {
+        match self.words.get(fd)?.load(Relaxed) & KIND {
+            0 => None,
+            1 => Some(Kind::Cleanup),
+            _ => Some(Kind::Close),
+        }
+    }
+
+    /// Calls `f` with each registered number of `kinds`, rising. Async-signal-safe if `f` is.
+    pub(crate) fn each(&self, kinds: &[Kind], mut f: impl FnMut(RawFd, Kind)) {
+        self.scan(kinds, |fd, word| {
+            f(fd as RawFd, if word.load(Relaxed) & KIND == Kind::Close as u32 { Kind::Close } else { Kind::Cleanup });
+        });
+    }
+
+    /// How many numbers are registered.
+    #[cfg_attr(not(test), allow(dead_code, reason = "for report()"))]
+    pub(crate) fn count(&self) -> usize {
+        let mut n = 0;
+        self.each(&[Kind::Cleanup, Kind::Close], |_, _| n += 1);
+        n
+    }
+
+    /// In a child: ends the registration of every number of `kinds` that `keep` does not name, rising, and calls
+    /// `close(first, last)` once for each run of neighbours. How many it ended, and how many `keep` named.
+    ///
+    /// A number between two that is not registered splits the run: it may be somebody's. Async-signal-safe if `keep` and
+    /// `close` are.
+    pub(crate) fn close_runs(
+        &self,
+        kinds: &[Kind],
+        mut keep: impl FnMut(RawFd) -> bool,
+        mut close: impl FnMut(u32, u32),
+    ) -> (usize, usize) {
+        let (mut closed, mut kept) = (0, 0);
+        let mut run: Option<(u32, u32)> = None;
+        self.scan(kinds, |fd, word| {
+            if keep(fd as RawFd) {
+                kept += 1;
+                return;
+            }
+            closed += 1;
+            word.store(word.load(Relaxed) & !KIND, Relaxed);
+            match &mut run {
+                Some((_, last)) if *last + 1 == fd => *last = fd,
+                _ => {
+                    if let Some((first, last)) = run.replace((fd, fd)) {
+                        close(first, last);
+                    }
+                }
+            }
+        });
+        if let Some((first, last)) = run {
+            close(first, last);
+        }
+        (closed, kept)
+    }
+
+    /// Each word of `kinds` up to the highest ever, a cache line at a time, skipping chunks that were never needed.
+    fn scan(&self, kinds: &[Kind], mut f: impl FnMut(u32, &AtomicU32)) {
+        let mask = kinds.iter().fold(0, |m, &k| m | k as u32);
+        let above = kinds.iter().map(|&k| self.above[k as usize - 1].load(Relaxed)).max().unwrap_or(0);
+        for index in 0..above.div_ceil(CHUNK) {
+            let Some(chunk) = self.words.chunk(index as usize) else { continue };
+            let base = index * CHUNK;
+            let words = &chunk[..(above - base).div_ceil(LINE).min(CHUNK / LINE) as usize * LINE as usize];
+            for (line, at) in words.chunks_exact(LINE as usize).zip((base..).step_by(LINE as usize)) {
+                if line.iter().fold(0, |any, w| any | w.load(Relaxed)) & mask == 0 {
+                    continue;
+                }
+                for (word, fd) in line.iter().zip(at..) {
+                    if word.load(Relaxed) & mask != 0 {
+                        f(fd, word);
+                    }
+                }
+            }
+        }
+    }
+}
+
+/// `keep` for `close_runs`, which asks with rising numbers: whether the sorted `list` has them.
+fn in_sorted(list: &[RawFd]) -> impl FnMut(RawFd) -> bool + '_ {
+    let mut rest = list;
+    move |fd| {
+        while let [first, tail @ ..] = rest
+            && *first < fd
+        {
+            rest = tail;
+        }
+        rest.first() == Some(&fd)
+    }
+}
+
+/// In every child, at the fork: closes what is [`Kind::Close`]. Programs without any pay two loads. Async-signal-safe.
+pub(crate) fn close_at_fork() {
+    TABLE.close_runs(&[Kind::Close], |_| false, sys::close_range);
+}
+
+/// A noexec child's clean-up: closes every care-fd that the sorted `keep` does not name, also the ones to be closed at the
+/// fork (a bypass passes by `close_at_fork`). How many were closed and kept. Async-signal-safe.
+pub(crate) fn clean_up(keep: &[RawFd]) -> (usize, usize) {
+    TABLE.close_runs(&[Kind::Cleanup, Kind::Close], in_sorted(keep), sys::close_range)
+}
+
+/// In a child: closes every descriptor but 0, 1, 2, those in the sorted `keep`, and `also`. Async-signal-safe.
+pub(crate) fn close_all_but(keep: &[RawFd], also: Option<RawFd>) {
+    let mut named = in_sorted(keep);
+    TABLE.close_runs(
+        &[Kind::Cleanup, Kind::Close],
+        |fd| (0..=2).contains(&fd) || also == Some(fd) || named(fd),
+        |_, _| {},
+    );
+    let mut from = 3;
+    let mut rest = keep;
+    let mut also = also;
+    loop {
+        // The two lists merged.
+        let next = match (rest, also) {
+            ([k, tail @ ..], a) if a.is_none_or(|a| *k <= a) => {
+                rest = tail;
+                *k
+            }
+            (_, Some(a)) => {
+                also = None;
+                a
+            }
+            _ => break,
+        };
+        let Ok(next) = u32::try_from(next) else { continue };
+        if next > from {
+            sys_close::close_span(from, next - 1);
+        }
+        from = from.max(next.saturating_add(1));
+    }
+    sys_close::close_span(from, u32::MAX);
+}
+
+/// What a number refers to, as it was at its registration and as it is (F6).
+#[cfg(debug_assertions)]
+mod behind {
+    use super::{CareTable, KIND, RawFd, Relaxed, sys};
+
+    /// What became of a registered number behind the library's back.
+    #[derive(Clone, Copy, Debug, PartialEq, Eq)]
+    pub(crate) enum Behind {
+        Nothing,
+        Closed,
+        Replaced,
+    }
+
+    /// Never 0. Objects without an inode of their own (eventfd, epoll, timerfd) have all the same: a replacement of one by
+    /// another is not seen.
+    fn hash((device, inode): (u64, u64)) -> u32 {
+        let h = (device.rotate_left(32) ^ inode).wrapping_mul(0x9e37_79b9_7f4a_7c15);
+        ((h >> 32) as u32).max(1)
+    }
+
+    impl CareTable {
+        pub(super) fn remember(&self, fd: RawFd, before: u32) {
+            if before & KIND != 0 {
+                report(fd, "was closed behind carefork's back: its number is registered again");
+            }
+            // Without memory for it there is nothing to compare with later.
+            if let Ok(word) = self.identities.get_or_map(fd) {
+                word.store(sys::identity(fd).map_or(0, hash), Relaxed);
+            }
+        }
+
+        pub(crate) fn look_behind(&self, fd: RawFd) -> Behind {
+            let Some(now) = sys::identity(fd) else {
+                // A filter may refuse fstat; only a closed number has no flags.
+                return match sys::get_fd_flags(fd) {
+                    Err(e) if e.raw_os_error() == Some(libc::EBADF) => Behind::Closed,
+                    _ => Behind::Nothing,
+                };
+            };
+            match self.identities.get(fd).map_or(0, |word| word.load(Relaxed)) {
+                0 => Behind::Nothing,
+                then if then == hash(now) => Behind::Nothing,
+                _ => Behind::Replaced,
+            }
+        }
+    }
+
+    /// One line on fd 2, without allocation. Async-signal-safe.
+    pub(crate) fn report(fd: RawFd, what: &str) {
+        use std::io::Write as _;
+        let mut line = [0u8; 160];
+        let mut rest = &mut line[..];
+        // Cut off where it does not fit.
+        let _cut = writeln!(rest, "carefork: care-fd {fd} {what}");
+        let left = rest.len();
+        sys::say(&line[..line.len() - left]);
+    }
+}
+#[cfg(debug_assertions)]
+pub(crate) use behind::{Behind, report};
+
+#[cfg(test)]
+#[path = "care_table_tests.rs"]
+mod tests;

@@ -1,0 +1,371 @@
+//! Care-fds: descriptors that must not linger in a child (F1-F6).
+
+#![allow(unsafe_code)]
+
+use crate::care_table::{self, AT_CLEANUP, AT_FORK};
+use crate::region::{NoForking, no_forking};
+use crate::sys;
+use std::fmt;
+use std::io;
+use std::mem::ManuallyDrop;
+use std::ops::Deref;
+use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd, RawFd};
+
+/// When a care-fd is closed in a child.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+#[non_exhaustive]
+pub enum OnFork {
+    /// By the clean-up of a child that does not exec; exec closes it in the others.
+    #[default]
+    Cleanup,
+    /// At the fork, in every child at once: what POSIX.1-2024 calls `FD_CLOFORK`, which Linux lacks.
+    Close,
+}
+
+impl OnFork {
+    fn kind(self) -> u32 {
+        match self {
+            OnFork::Cleanup => AT_CLEANUP,
+            OnFork::Close => AT_FORK,
+        }
+    }
+}
+
+/// Owns a descriptor that is closed in children: at exec, by the clean-up of a child that does not exec, or at the fork.
+///
+/// Wraps whatever owns one descriptor and does no more on drop than close it: `OwnedFd`, `File`, `TcpListener`, `UnixStream`.
+/// It derefs to that, immutably only: the descriptor must stay the one that was registered. Costs eight bytes beside the value.
+///
+/// In a child where it was closed the value knows (F4): dropping it does nothing, [`CareFd::get`] is `None`, and using it
+/// panics, also when the number is in use again. One that the child keeps ([`ForkOptions::keep`](crate::ForkOptions::keep)) stays
+/// registered there.
+///
+/// A close that blocks (a lingering socket, NFS) keeps forks waiting like any region: where that may be, take the value out
+/// with [`CareFd::into_inner`] and drop it outside.
+///
+/// ```
+/// use carefork::CareFd;
+/// let file = CareFd::open(|| std::fs::File::open("/dev/null"))?;
+/// assert!(file.metadata()?.len() == 0);
+/// # Ok::<(), std::io::Error>(())
+/// ```
+/// It cannot be swapped behind the registry's back:
+/// ```compile_fail
+/// let mut file = carefork::CareFd::open(|| std::fs::File::open("/dev/null")).unwrap();
+/// *file = std::fs::File::open("/dev/zero").unwrap();
+/// ```
+/// ```
+/// let mut file = carefork::CareFd::open(|| std::fs::File::open("/dev/null")).unwrap();
+/// file = carefork::CareFd::open(|| std::fs::File::open("/dev/zero")).unwrap();
+/// # drop(file);
+/// ```
+pub struct CareFd<T: AsFd + Into<OwnedFd>> {
+    value: ManuallyDrop<T>,
+    fd: RawFd,
+    stamp: u32,
+}
+
+impl<T: AsFd + Into<OwnedFd>> CareFd<T> {
+    /// Opens and registers in one region: no fork sees it half done. Close-on-exec is set on return, and from the start where
+    /// `f` asks the kernel for it (std's functions do).
+    ///
+    /// `f` must not block: wait outside, for instance poll(2) before a non-blocking accept inside.
+    ///
+    /// # Errors
+    /// What `f` says; EBADF if what it made is not open; ENOMEM.
+    ///
+    /// ```
+    /// use carefork::CareFd;
+    /// use std::net::TcpListener;
+    /// let listener = CareFd::open(|| TcpListener::bind("127.0.0.1:0"))?;
+    /// # drop(listener);
+    /// # Ok::<(), std::io::Error>(())
+    /// ```
+    #[track_caller]
+    pub fn open(f: impl FnOnce() -> io::Result<T>) -> io::Result<Self> {
+        Self::open_on(OnFork::Cleanup, f)
+    }
+
+    /// [`CareFd::open`] with a say in when children close it.
+    ///
+    /// # Errors
+    /// As for [`CareFd::open`].
+    #[track_caller]
+    pub fn open_on(on: OnFork, f: impl FnOnce() -> io::Result<T>) -> io::Result<Self> {
+        let region = no_forking();
+        Ok(region.care_on(on, f()?)?)
+    }
+
+    /// Opens and registers two at once, such as a pair of sockets or a pipe.
+    ///
+    /// # Errors
+    /// As for [`CareFd::open`]; both are closed then.
+    ///
+    /// ```
+    /// let (a, b) = carefork::CareFd::open_pair(std::os::unix::net::UnixStream::pair)?;
+    /// # drop((a, b));
+    /// # Ok::<(), std::io::Error>(())
+    /// ```
+    #[track_caller]
+    pub fn open_pair<U: AsFd + Into<OwnedFd>>(
+        f: impl FnOnce() -> io::Result<(T, U)>,
+    ) -> io::Result<(Self, CareFd<U>)> {
+        let region = no_forking();
+        let (a, b) = f()?;
+        Ok((region.care(a)?, region.care(b)?))
+    }
+
+    /// Opens and registers any number at once.
+    ///
+    /// # Errors
+    /// As for [`CareFd::open`]; all are closed then.
+    #[track_caller]
+    pub fn open_all<I: IntoIterator<Item = T>>(f: impl FnOnce() -> io::Result<I>) -> io::Result<Vec<Self>> {
+        let region = no_forking();
+        f()?.into_iter().map(|t| Ok(region.care(t)?)).collect()
+    }
+
+    /// Adopts an open descriptor and sets close-on-exec. Children forked before this keep it.
+    ///
+    /// # Errors
+    /// EBADF if it is not open, ENOMEM; the value comes back with the error.
+    #[track_caller]
+    pub fn new(value: T) -> Result<Self, AdoptError<T>> {
+        no_forking().care(value)
+    }
+
+    /// [`CareFd::new`] with a say in when children close it.
+    ///
+    /// # Errors
+    /// As for [`CareFd::new`].
+    #[track_caller]
+    pub fn new_on(on: OnFork, value: T) -> Result<Self, AdoptError<T>> {
+        no_forking().care_on(on, value)
+    }
+
+    /// Hands the value over; it is not registered any more. Close-on-exec stays set.
+    ///
+    /// # Panics
+    /// If this child closed it.
+    #[track_caller]
+    pub fn into_inner(self) -> T {
+        let fd = self.fd;
+        self.try_into_inner().unwrap_or_else(|| dead(fd))
+    }
+
+    /// Hands the value over, or `None` if this child closed it.
+    pub fn try_into_inner(self) -> Option<T> {
+        let mut this = ManuallyDrop::new(self);
+        let region = no_forking();
+        if !care_table::is_live(this.fd, this.stamp) {
+            return None;
+        }
+        care_table::unregister(this.fd, this.stamp);
+        debug::forget(this.fd);
+        drop(region);
+        // SAFETY: `this` is neither dropped nor used again.
+        Some(unsafe { ManuallyDrop::take(&mut this.value) })
+    }
+
+    /// The value, or `None` if this child closed it.
+    #[inline]
+    pub fn get(&self) -> Option<&T> {
+        self.is_open_here().then_some(&*self.value)
+    }
+
+    /// Whether this process still has it: false in a child that closed it.
+    #[inline]
+    pub fn is_open_here(&self) -> bool {
+        care_table::is_live(self.fd, self.stamp)
+    }
+}
+
+/// The descriptor is not to be touched: it may be anybody's by now.
+#[cold]
+#[track_caller]
+fn dead(fd: RawFd) -> ! {
+    panic!(
+        "care-fd {fd} was closed in this child by carefork (see OnFork); keep it with ForkOptions::keep, \
+         or open it again"
+    )
+}
+
+/// The registration stands with the care-fds; the region is the caller's.
+impl NoForking {
+    /// Registers what was opened inside this region, as [`CareFd::new`] does.
+    ///
+    /// # Errors
+    /// As for [`CareFd::new`].
+    ///
+    /// ```
+    /// let region = carefork::no_forking();
+    /// let (a, b) = std::io::pipe()?;
+    /// let (a, b) = (region.care(a)?, region.care(b)?);
+    /// drop(region);
+    /// # drop((a, b));
+    /// # Ok::<(), std::io::Error>(())
+    /// ```
+    pub fn care<T: AsFd + Into<OwnedFd>>(&self, value: T) -> Result<CareFd<T>, AdoptError<T>> {
+        self.care_on(OnFork::Cleanup, value)
+    }
+
+    /// [`NoForking::care`] with a say in when children close it.
+    ///
+    /// # Errors
+    /// As for [`CareFd::new`].
+    pub fn care_on<T: AsFd + Into<OwnedFd>>(&self, on: OnFork, value: T) -> Result<CareFd<T>, AdoptError<T>> {
+        let fd = value.as_fd().as_raw_fd();
+        let registered = sys::set_cloexec(fd).and_then(|()| care_table::register(fd, on.kind()));
+        match registered {
+            Ok(stamp) => {
+                debug::remember(fd);
+                Ok(CareFd { value: ManuallyDrop::new(value), fd, stamp })
+            }
+            Err(error) => Err(AdoptError { error, fd, value }),
+        }
+    }
+}
+
+impl<T: AsFd + Into<OwnedFd>> Drop for CareFd<T> {
+    fn drop(&mut self) {
+        let _region = no_forking();
+        if !care_table::is_live(self.fd, self.stamp) {
+            // Closed by this child: the number may be anybody's, and T does no more on drop than close it.
+            return;
+        }
+        care_table::unregister(self.fd, self.stamp);
+        if !debug::still_ours(self.fd) {
+            return;
+        }
+        // SAFETY: dropped once, here; `self` is not used afterwards.
+        unsafe { ManuallyDrop::drop(&mut self.value) };
+    }
+}
+
+impl<T: AsFd + Into<OwnedFd>> Deref for CareFd<T> {
+    type Target = T;
+
+    /// # Panics
+    /// If this child closed it.
+    #[inline]
+    #[track_caller]
+    fn deref(&self) -> &T {
+        self.get().unwrap_or_else(|| dead(self.fd))
+    }
+}
+
+impl<T: AsFd + Into<OwnedFd>> AsFd for CareFd<T> {
+    /// # Panics
+    /// If this child closed it.
+    #[inline]
+    #[track_caller]
+    fn as_fd(&self) -> BorrowedFd<'_> {
+        (**self).as_fd()
+    }
+}
+
+impl<T: AsFd + Into<OwnedFd>> AsRawFd for CareFd<T> {
+    /// # Panics
+    /// If this child closed it.
+    #[inline]
+    #[track_caller]
+    fn as_raw_fd(&self) -> RawFd {
+        (**self).as_fd().as_raw_fd()
+    }
+}
+
+impl<T: AsFd + Into<OwnedFd> + fmt::Debug> fmt::Debug for CareFd<T> {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self.get() {
+            Some(value) => f.debug_tuple("CareFd").field(value).finish(),
+            None => write!(f, "CareFd(<{} closed in this child>)", self.fd),
+        }
+    }
+}
+
+/// A descriptor could not be registered; it comes back untouched but for close-on-exec.
+pub struct AdoptError<T> {
+    /// What the kernel said.
+    pub error: io::Error,
+    /// The value that was to be adopted.
+    pub value: T,
+    fd: RawFd,
+}
+
+impl<T> fmt::Debug for AdoptError<T> {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("AdoptError").field("fd", &self.fd).field("error", &self.error).finish_non_exhaustive()
+    }
+}
+
+impl<T> fmt::Display for AdoptError<T> {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "descriptor {} cannot become a care-fd: {}", self.fd, self.error)?;
+        if self.error.raw_os_error() == Some(libc::EBADF) {
+            f.write_str(": it is not open; was it closed by its number?")?;
+        }
+        Ok(())
+    }
+}
+
+impl<T> std::error::Error for AdoptError<T> {
+    fn source(&self) -> Option<&(dyn std::error::Error + 'static)> {
+        Some(&self.error)
+    }
+}
+
+impl<T> From<AdoptError<T>> for io::Error {
+    fn from(e: AdoptError<T>) -> io::Error {
+        e.error
+    }
+}
+
+/// Numbers that were closed or replaced behind the library's back, in builds that can spare two system calls (F6).
+mod debug {
+    use crate::sys;
+    use std::collections::HashMap;
+    use std::os::fd::RawFd;
+    use std::sync::{Mutex, PoisonError};
+
+    type Known = HashMap<RawFd, (u64, u64)>;
+    static KNOWN: Mutex<Option<Known>> = Mutex::new(None);
+
+    /// Inside a region, so that no fork finds this lock held.
+    fn known<R>(f: impl FnOnce(&mut Known) -> R) -> R {
+        f(KNOWN.lock().unwrap_or_else(PoisonError::into_inner).get_or_insert_default())
+    }
+
+    pub(super) fn remember(fd: RawFd) {
+        if cfg!(debug_assertions)
+            && let Some(id) = sys::identity(fd)
+        {
+            known(|k| k.insert(fd, id));
+        }
+    }
+
+    pub(super) fn forget(fd: RawFd) {
+        if cfg!(debug_assertions) {
+            known(|k| k.remove(&fd));
+        }
+    }
+
+    /// False, and said on fd 2, if the number is not what was registered: then it is not ours to close.
+    pub(super) fn still_ours(fd: RawFd) -> bool {
+        if !cfg!(debug_assertions) {
+            return true;
+        }
+        let then = known(|k| k.remove(&fd));
+        let now = sys::identity(fd);
+        if then.is_none() || then == now {
+            return true;
+        }
+        let mut line = crate::error::Text::new();
+        line.push(b"carefork: care-fd ");
+        line.number(fd.cast_unsigned());
+        let what: &[u8] = if now.is_none() { b" was closed" } else { b" was replaced" };
+        line.push(what);
+        line.push(b" behind the library's back; it is left alone\n");
+        sys::say(line.as_bytes());
+        false
+    }
+}
