@@ -299,6 +299,12 @@ pub(crate) fn generation() -> u64 {
     GENERATION.load(Relaxed)
 }
 
+/// The generation's low bits, for a thread that has called `me` already.
+#[inline]
+pub(crate) fn generation_here() -> u32 {
+    GENERATION.load(Relaxed) as u32
+}
+
 pub(crate) fn dirty() -> bool {
     DIRTY.load(Relaxed)
 }
