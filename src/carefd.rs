@@ -2,7 +2,9 @@
 
 #![allow(unsafe_code)]
 
-use crate::care_table::{self, AT_CLEANUP, AT_FORK};
+#[cfg(debug_assertions)]
+use crate::care_table;
+use crate::care_table::{Kind, TABLE};
 use crate::region::{NoForking, no_forking};
 use crate::sys;
 use std::fmt;
@@ -23,10 +25,10 @@ pub enum OnFork {
 }
 
 impl OnFork {
-    fn kind(self) -> u32 {
+    fn kind(self) -> Kind {
         match self {
-            OnFork::Cleanup => AT_CLEANUP,
-            OnFork::Close => AT_FORK,
+            OnFork::Cleanup => Kind::Cleanup,
+            OnFork::Close => Kind::Close,
         }
     }
 }
@@ -157,11 +159,10 @@ impl<T: AsFd + Into<OwnedFd>> CareFd<T> {
     pub fn try_into_inner(self) -> Option<T> {
         let mut this = ManuallyDrop::new(self);
         let region = no_forking();
-        if !care_table::is_live(this.fd, this.stamp) {
+        if !TABLE.is_live(this.fd, this.stamp) {
             return None;
         }
-        care_table::unregister(this.fd, this.stamp);
-        debug::forget(this.fd);
+        TABLE.unregister(this.fd, this.stamp);
         drop(region);
         // SAFETY: `this` is neither dropped nor used again.
         Some(unsafe { ManuallyDrop::take(&mut this.value) })
@@ -176,7 +177,7 @@ impl<T: AsFd + Into<OwnedFd>> CareFd<T> {
     /// Whether this process still has it: false in a child that closed it.
     #[inline]
     pub fn is_open_here(&self) -> bool {
-        care_table::is_live(self.fd, self.stamp)
+        TABLE.is_live(self.fd, self.stamp)
     }
 }
 
@@ -215,12 +216,9 @@ impl NoForking {
     /// As for [`CareFd::new`].
     pub fn care_on<T: AsFd + Into<OwnedFd>>(&self, on: OnFork, value: T) -> Result<CareFd<T>, AdoptError<T>> {
         let fd = value.as_fd().as_raw_fd();
-        let registered = sys::set_cloexec(fd).and_then(|()| care_table::register(fd, on.kind()));
+        let registered = sys::set_cloexec(fd).and_then(|()| TABLE.register(fd, on.kind()));
         match registered {
-            Ok(stamp) => {
-                debug::remember(fd);
-                Ok(CareFd { value: ManuallyDrop::new(value), fd, stamp })
-            }
+            Ok(stamp) => Ok(CareFd { value: ManuallyDrop::new(value), fd, stamp }),
             Err(error) => Err(AdoptError { error, fd, value }),
         }
     }
@@ -229,12 +227,12 @@ impl NoForking {
 impl<T: AsFd + Into<OwnedFd>> Drop for CareFd<T> {
     fn drop(&mut self) {
         let _region = no_forking();
-        if !care_table::is_live(self.fd, self.stamp) {
+        if !TABLE.is_live(self.fd, self.stamp) {
             // Closed by this child: the number may be anybody's, and T does no more on drop than close it.
             return;
         }
-        care_table::unregister(self.fd, self.stamp);
-        if !debug::still_ours(self.fd) {
+        TABLE.unregister(self.fd, self.stamp);
+        if !still_ours(self.fd) {
             return;
         }
         // SAFETY: dropped once, here; `self` is not used afterwards.
@@ -320,52 +318,33 @@ impl<T> From<AdoptError<T>> for io::Error {
     }
 }
 
-/// Numbers that were closed or replaced behind the library's back, in builds that can spare two system calls (F6).
-mod debug {
-    use crate::sys;
-    use std::collections::HashMap;
-    use std::os::fd::RawFd;
-    use std::sync::{Mutex, PoisonError};
-
-    type Known = HashMap<RawFd, (u64, u64)>;
-    static KNOWN: Mutex<Option<Known>> = Mutex::new(None);
-
-    /// Inside a region, so that no fork finds this lock held.
-    fn known<R>(f: impl FnOnce(&mut Known) -> R) -> R {
-        f(KNOWN.lock().unwrap_or_else(PoisonError::into_inner).get_or_insert_default())
+/// Whether the number is still ours to close; if not, that is said on fd 2 (F6). Only builds that can spare the system calls look.
+#[cfg(debug_assertions)]
+fn still_ours(fd: RawFd) -> bool {
+    use care_table::{Behind, report};
+    match TABLE.look_behind(fd) {
+        Behind::Nothing => return true,
+        Behind::Closed => report(fd, "was closed behind carefork's back"),
+        Behind::Replaced => report(fd, "was replaced behind carefork's back: it is left open"),
     }
+    false
+}
 
-    pub(super) fn remember(fd: RawFd) {
-        if cfg!(debug_assertions)
-            && let Some(id) = sys::identity(fd)
-        {
-            known(|k| k.insert(fd, id));
-        }
-    }
+#[cfg(not(debug_assertions))]
+fn still_ours(_: RawFd) -> bool {
+    true
+}
 
-    pub(super) fn forget(fd: RawFd) {
-        if cfg!(debug_assertions) {
-            known(|k| k.remove(&fd));
-        }
-    }
+/// For the bench: a region and the word, without a descriptor.
+#[cfg(feature = "testing")]
+pub fn bench_register(fd: RawFd) -> u32 {
+    let _region = no_forking();
+    TABLE.register(fd, Kind::Cleanup).unwrap_or(0)
+}
 
-    /// False, and said on fd 2, if the number is not what was registered: then it is not ours to close.
-    pub(super) fn still_ours(fd: RawFd) -> bool {
-        if !cfg!(debug_assertions) {
-            return true;
-        }
-        let then = known(|k| k.remove(&fd));
-        let now = sys::identity(fd);
-        if then.is_none() || then == now {
-            return true;
-        }
-        let mut line = crate::error::Text::new();
-        line.push(b"carefork: care-fd ");
-        line.number(fd.cast_unsigned());
-        let what: &[u8] = if now.is_none() { b" was closed" } else { b" was replaced" };
-        line.push(what);
-        line.push(b" behind the library's back; it is left alone\n");
-        sys::say(line.as_bytes());
-        false
-    }
+/// For the bench: the other half.
+#[cfg(feature = "testing")]
+pub fn bench_unregister(fd: RawFd, stamp: u32) {
+    let _region = no_forking();
+    TABLE.unregister(fd, stamp);
 }

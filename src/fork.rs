@@ -215,7 +215,7 @@ impl ForkOptions<'_> {
             }
         }
         if self.close_others {
-            care_table::close_all_but(&ready.keep);
+            care_table::close_all_but(&ready.keep, None);
         }
         if let Some(signal) = self.death_signal {
             sys::set_death_signal(signal);

@@ -23,6 +23,7 @@
 // ground
 mod sync;
 mod sys;
+mod sys_close;
 mod clock;
 // state
 mod gate;
@@ -67,7 +68,7 @@ pub use signals::Signals;
 /// What tests and benches need and programs do not: the clock, and the bare registry.
 #[cfg(feature = "testing")]
 pub mod testing {
-    pub use crate::care_table::{bench_register as register, bench_unregister as unregister};
+    pub use crate::carefd::{bench_register as register, bench_unregister as unregister};
     pub use crate::clock::{advance, release};
 }
 

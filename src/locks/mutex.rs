@@ -7,7 +7,7 @@ use super::{deadline_after, deadline_at};
 use crate::gate::Slot;
 use crate::region::record;
 use crate::runtime::{gate, me};
-use lock_api::GuardNoSend;
+use std::marker::PhantomData;
 use std::time::{Duration, Instant};
 
 /// A mutual exclusion lock that no fork by another thread finds held.
@@ -51,13 +51,16 @@ pub type MappedMutexGuard<'a, T> = lock_api::MappedMutexGuard<'a, RawMutex, T>;
 #[derive(Debug)]
 pub struct Held {
     pub(super) me: &'static Slot,
-    not_send: GuardNoSend,
+    not_send: PhantomData<*mut ()>,
 }
+
+// SAFETY: a shared Held offers nothing; a seat is shared state anyway.
+unsafe impl Sync for Held {}
 
 impl Held {
     #[inline(always)]
     pub(super) fn new(me: &'static Slot) -> Self {
-        Held { me, not_send: GuardNoSend::INIT }
+        Held { me, not_send: PhantomData }
     }
 }
 

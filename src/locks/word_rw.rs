@@ -42,8 +42,6 @@ pub(crate) struct WordRw {
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum Want {
     Read,
-    /// Even before a waiting writer: this thread may be a reader already.
-    ReadAgain,
     Upgradable,
     Write,
     /// From upgradable reader to writer.
@@ -53,7 +51,7 @@ pub(crate) enum Want {
 impl Want {
     fn bit(self) -> u32 {
         match self {
-            Want::Read | Want::ReadAgain | Want::Upgradable => READERS_WAIT,
+            Want::Read | Want::Upgradable => READERS_WAIT,
             Want::Write => WRITERS_WAIT,
             Want::Upgrade => UPGRADER_WAITS,
         }
@@ -65,10 +63,9 @@ impl Want {
         let (held, count) = (word & (WRITER | COUNT), word & COUNT);
         match self {
             Want::Read if word & WRITER != 0 || (count != 0 && word & (WRITERS_WAIT | UPGRADER_WAITS) != 0) => None,
-            Want::ReadAgain if word & WRITER != 0 => None,
             // More than the count can hold: as if taken.
-            Want::Read | Want::ReadAgain | Want::Upgradable if count == COUNT => None,
-            Want::Read | Want::ReadAgain => Some(word + 1),
+            Want::Read | Want::Upgradable if count == COUNT => None,
+            Want::Read => Some(word + 1),
             Want::Upgradable if word & (WRITER | UPGRADABLE) != 0 || (count != 0 && word & WRITERS_WAIT != 0) => None,
             Want::Upgradable => Some((word + 1) | UPGRADABLE),
             Want::Write if held != 0 => None,
