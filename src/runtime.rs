@@ -12,33 +12,64 @@ use crate::hook::{self, Phase, Registered};
 use crate::hook_list::HookList;
 use crate::prepare::{self, Hooks, How, Outcome, Plan, Steps};
 use crate::slots::SlotTable;
-use crate::{clock, sys, verdict};
+use crate::verdict::Pages;
+use crate::{clock, sys};
 use std::cell::{Cell, UnsafeCell};
 use std::sync::atomic::{AtomicBool, AtomicPtr, AtomicU32, AtomicU64, Ordering};
 
 use Ordering::{AcqRel, Acquire, Relaxed, Release};
 
-static GATE: Gate<SlotTable> = Gate::new(SlotTable::new());
-pub(crate) static HOOKS: HookList<Registered> = HookList::new();
+/// All that this library writes around a fork, next to each other: every page that both sides of a fork write is copied twice,
+/// at a microsecond or more each. The gate's first seats come last and share the first page.
+#[repr(C, align(4096))]
+struct State {
+    hooks: HookList<Registered>,
+    /// Points to the word that the kernel zeroes in a child (G10): 1 where this process is the one it was set in. Until
+    /// the start it points to a 0 of ours, so that one comparison finds both.
+    alive: AtomicPtr<AtomicU32>,
+    /// How often this line of processes has forked; copied to children, who add one.
+    generation: AtomicU64,
+    start: AtomicU32,
+    key: AtomicU32,
+    off: AtomicBool,
+    /// What this process's memory went through, all generations together.
+    dirty: AtomicBool,
+    bypassed: AtomicBool,
+    /// The budget of foreign forks in ns; `u64::MAX` is never (G6).
+    foreign_budget: AtomicU64,
+    count: Counters,
+    verdicts: Pages,
+    gate: Gate<SlotTable>,
+}
 
-/// Points to the word that the kernel zeroes in a child (G10): 1 where this process is the one it was set in. Until the
-/// start it points to a 0 of ours, so that one comparison finds both.
-static ALIVE: AtomicPtr<AtomicU32> = AtomicPtr::new(&raw const NOT_STARTED as *mut AtomicU32);
+static STATE: State = State {
+    hooks: HookList::new(),
+    alive: AtomicPtr::new(&raw const NOT_STARTED as *mut AtomicU32),
+    generation: AtomicU64::new(0),
+    start: AtomicU32::new(0),
+    key: AtomicU32::new(u32::MAX),
+    off: AtomicBool::new(false),
+    dirty: AtomicBool::new(false),
+    bypassed: AtomicBool::new(false),
+    foreign_budget: AtomicU64::new(5_000_000_000),
+    count: Counters {
+        forks: AtomicU64::new(0),
+        foreign: AtomicU64::new(0),
+        refused: AtomicU64::new(0),
+        dirty: AtomicU64::new(0),
+        in_region: AtomicU64::new(0),
+        thrown_away: AtomicU64::new(0),
+        unreported: AtomicU64::new(0),
+    },
+    verdicts: Pages::new(),
+    gate: Gate::new(SlotTable::new()),
+};
+
 static NOT_STARTED: AtomicU32 = AtomicU32::new(0);
 /// Where there is no such page: at-fork children set it right themselves, a bypass is not noticed.
 static UNWIPED: AtomicU32 = AtomicU32::new(1);
 const HERE: u32 = 1;
 const MENDING: u32 = 2;
-
-static START: AtomicU32 = AtomicU32::new(0);
-static OFF: AtomicBool = AtomicBool::new(false);
-static KEY: AtomicU32 = AtomicU32::new(u32::MAX);
-
-/// How often this line of processes has forked; copied to children, who add one.
-static GENERATION: AtomicU64 = AtomicU64::new(0);
-/// What this process's memory went through, all generations together.
-static DIRTY: AtomicBool = AtomicBool::new(false);
-static BYPASSED: AtomicBool = AtomicBool::new(false);
 
 /// Counters for `stats`. Copied to children, who set them to 0.
 #[derive(Debug)]
@@ -52,19 +83,6 @@ pub(crate) struct Counters {
     pub(crate) unreported: AtomicU64,
 }
 
-pub(crate) static COUNT: Counters = Counters {
-    forks: AtomicU64::new(0),
-    foreign: AtomicU64::new(0),
-    refused: AtomicU64::new(0),
-    dirty: AtomicU64::new(0),
-    in_region: AtomicU64::new(0),
-    thrown_away: AtomicU64::new(0),
-    unreported: AtomicU64::new(0),
-};
-
-/// The budget of foreign forks in ns; `u64::MAX` is never (G6).
-pub(crate) static FOREIGN_BUDGET: AtomicU64 = AtomicU64::new(5_000_000_000);
-
 thread_local! {
     static SEAT: Cell<*const Slot> = const { Cell::new(std::ptr::null()) };
     static ROUNDS: Cell<u32> = const { Cell::new(0) };
@@ -75,6 +93,8 @@ thread_local! {
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 enum Stage {
     None,
+    /// A handler is at work, on the way to a commitment or back from it: a fork on this thread is nested, made by a hook.
+    Working,
     /// Gate shut by this word, hooks prepared, role held.
     Committed(u32),
     /// A coordinated fork that will not be: libc forks all the same, the child ends at once.
@@ -127,8 +147,26 @@ pub(crate) struct Request {
     pub(crate) mask: Option<sys::SigSet>,
 }
 
+#[inline(always)]
 pub(crate) fn gate() -> &'static Gate<SlotTable> {
-    &GATE
+    &STATE.gate
+}
+
+#[inline(always)]
+pub(crate) fn hooks() -> &'static HookList<Registered> {
+    &STATE.hooks
+}
+
+pub(crate) fn count() -> &'static Counters {
+    &STATE.count
+}
+
+pub(crate) fn verdicts() -> &'static Pages {
+    &STATE.verdicts
+}
+
+pub(crate) fn foreign_budget() -> &'static AtomicU64 {
+    &STATE.foreign_budget
 }
 
 /// The calling thread's seat. One comparison finds a thread without one, a process that has not started, and a child
@@ -139,8 +177,8 @@ pub(crate) fn gate() -> &'static Gate<SlotTable> {
 #[inline(always)]
 pub(crate) fn me() -> &'static Slot {
     let seat = SEAT.get();
-    // SAFETY: `ALIVE` points to a static or to a mapping that is never unmapped.
-    let alive = unsafe { &*ALIVE.load(Relaxed) };
+    // SAFETY: `alive` points to a static or to a mapping that is never unmapped.
+    let alive = unsafe { &*STATE.alive.load(Relaxed) };
     if !seat.is_null() && alive.load(Relaxed) == HERE {
         // SAFETY: seats are never unmapped.
         return unsafe { &*seat };
@@ -166,7 +204,7 @@ fn me_slow() -> &'static Slot {
 /// `me`, or `None` where there is no memory. Async-signal-safe.
 pub(crate) fn try_me() -> Option<&'static Slot> {
     // SAFETY: as in `me`.
-    let alive = unsafe { &*ALIVE.load(Relaxed) };
+    let alive = unsafe { &*STATE.alive.load(Relaxed) };
     match seated() {
         Some(s) if alive.load(Relaxed) == HERE => Some(s),
         _ => try_me_slow(),
@@ -181,7 +219,7 @@ fn try_me_slow() -> Option<&'static Slot> {
     }
     // A signal handler that needs a seat in the middle of this would take a second one.
     let mask = sys::block_all();
-    let s = GATE.seats.claim(sys::gettid());
+    let s = STATE.gate.seats.claim(sys::gettid());
     if let Some(s) = s {
         let name = sys::thread_name();
         for (word, bytes) in s.name.iter().zip(name.as_chunks::<8>().0) {
@@ -200,7 +238,7 @@ fn try_me_slow() -> Option<&'static Slot> {
 const LAST_ROUND: u32 = 3;
 
 fn arm_thread_end(s: &Slot) {
-    let key = KEY.load(Relaxed);
+    let key = STATE.key.load(Relaxed);
     if key != u32::MAX {
         // SAFETY: `key` was created by `start` and is never deleted. Keys made as early as ours have their place in the
         // thread's own block: no allocation.
@@ -221,7 +259,7 @@ extern "C" fn thread_ends(seat: *mut libc::c_void) {
     SEAT.set(std::ptr::null());
     ROUNDS.set(0);
     s.clear();
-    GATE.left();
+    STATE.gate.left();
     s.tid.store(VACANT, Release);
 }
 
@@ -238,15 +276,15 @@ extern "C" fn at_start() {
 
 #[inline]
 fn start() {
-    if START.load(Acquire) != 2 {
+    if STATE.start.load(Acquire) != 2 {
         start_slow();
     }
 }
 
 #[cold]
 fn start_slow() {
-    if START.compare_exchange(0, 1, AcqRel, Acquire).is_err() {
-        while START.load(Acquire) == 1 {
+    if STATE.start.compare_exchange(0, 1, AcqRel, Acquire).is_err() {
+        while STATE.start.load(Acquire) == 1 {
             sys::yield_now();
         }
         return;
@@ -254,7 +292,7 @@ fn start_slow() {
     let mut key: libc::pthread_key_t = 0;
     // SAFETY: `key` is live; `thread_ends` has the signature asked for and code that stays loaded.
     if unsafe { libc::pthread_key_create(&mut key, Some(thread_ends)) } == 0 {
-        KEY.store(key, Relaxed);
+        STATE.key.store(key, Relaxed);
     }
     let alive = match sys::map_wiped(sys::PAGE) {
         Ok((page, true)) => page.cast::<AtomicU32>(),
@@ -262,23 +300,23 @@ fn start_slow() {
     };
     // SAFETY: a fresh zeroed mapping or a static.
     unsafe { &*alive }.store(HERE, Relaxed);
-    ALIVE.store(alive, Release);
+    STATE.alive.store(alive, Release);
     if !sys::membarrier_register() || !sys::membarrier() {
-        GATE.use_fences();
+        STATE.gate.use_fences();
     }
-    OFF.store(sys::env_is(c"CAREFORK", "off"), Relaxed);
+    STATE.off.store(sys::env_is(c"CAREFORK", "off"), Relaxed);
     // SAFETY: the three handlers stay loaded; an executable's or library's code that is never unloaded (P2).
     let r = unsafe { libc::pthread_atfork(Some(on_prepare), Some(on_parent), Some(on_child)) };
     if r != 0 {
         // Without handlers nothing of what this library promises holds.
         sys::say(b"carefork: pthread_atfork failed: out of memory at start; forks are not guarded\n");
     }
-    START.store(2, Release);
+    STATE.start.store(2, Release);
 }
 
 /// Whether the gate works: it is registered, and not turned off.
 pub(crate) fn is_off() -> bool {
-    OFF.load(Relaxed)
+    STATE.off.load(Relaxed)
 }
 
 // -- generation
@@ -287,7 +325,7 @@ pub(crate) fn is_off() -> bool {
 #[inline]
 pub(crate) fn check_generation() {
     // SAFETY: as in `me`.
-    let alive = unsafe { &*ALIVE.load(Relaxed) };
+    let alive = unsafe { &*STATE.alive.load(Relaxed) };
     if alive.load(Acquire) != HERE {
         mend(alive);
     }
@@ -296,21 +334,21 @@ pub(crate) fn check_generation() {
 pub(crate) fn generation() -> u64 {
     start();
     check_generation();
-    GENERATION.load(Relaxed)
+    STATE.generation.load(Relaxed)
 }
 
 /// The generation's low bits, for a thread that has called `me` already.
 #[inline]
 pub(crate) fn generation_here() -> u32 {
-    GENERATION.load(Relaxed) as u32
+    STATE.generation.load(Relaxed) as u32
 }
 
 pub(crate) fn dirty() -> bool {
-    DIRTY.load(Relaxed)
+    STATE.dirty.load(Relaxed)
 }
 
 pub(crate) fn bypassed() -> bool {
-    BYPASSED.load(Relaxed)
+    STATE.bypassed.load(Relaxed)
 }
 
 #[cold]
@@ -323,13 +361,13 @@ fn mend(alive: &AtomicU32) {
     }
     // SAFETY: the passage is this thread's own, and the references made of it end with each function.
     let passage = unsafe { &mut *PASSAGE.with(UnsafeCell::get) };
-    if !matches!(passage.stage, Stage::None | Stage::Mended) {
+    if !matches!(passage.stage, Stage::None | Stage::Working | Stage::Mended) {
         // A real at-fork child in which another library's handler came here before ours.
         become_child(passage);
     } else {
-        BYPASSED.store(true, Relaxed);
+        STATE.bypassed.store(true, Relaxed);
         take_over(true);
-        HOOKS.reset();
+        STATE.hooks.reset();
         if let Some(s) = seated() {
             s.set_entered(false);
         }
@@ -339,27 +377,27 @@ fn mend(alive: &AtomicU32) {
 
 /// In a child: its thread is alone, whatever the words say.
 fn take_over(ghosts: bool) {
-    GENERATION.fetch_add(1, Relaxed);
+    STATE.generation.fetch_add(1, Relaxed);
     let me = seated();
-    GATE.seats.keep_only(me, ghosts);
+    STATE.gate.seats.keep_only(me, ghosts);
     if ghosts {
-        GATE.set_ghosts();
+        STATE.gate.set_ghosts();
     }
-    GATE.reset();
-    verdict::forget();
+    STATE.gate.reset();
+    STATE.verdicts.forget();
     if let Some(s) = me {
         s.tid.store(sys::gettid(), Relaxed);
         s.request.store(std::ptr::null_mut(), Relaxed);
     }
     for c in [
-        &COUNT.forks,
-        &COUNT.foreign,
-        &COUNT.refused,
-        &COUNT.dirty,
-        &COUNT.in_region,
-        &COUNT.thrown_away,
-        &COUNT.unreported,
-        &GATE.reopened,
+        &STATE.count.forks,
+        &STATE.count.foreign,
+        &STATE.count.refused,
+        &STATE.count.dirty,
+        &STATE.count.in_region,
+        &STATE.count.thrown_away,
+        &STATE.count.unreported,
+        &STATE.gate.reopened,
     ] {
         c.store(0, Relaxed);
     }
@@ -391,7 +429,7 @@ impl Steps for Handlers<'_> {
     fn hooks(&mut self, how: How) -> Hooks {
         self.vetoed = false;
         let mut end = Hooks::Ready;
-        let all = HOOKS.prepare(|h| hook::prepare(h, how, self.coordinated, self.report, &mut self.vetoed, &mut end));
+        let all = STATE.hooks.prepare(|h| hook::prepare(h, how, self.coordinated, self.report, &mut self.vetoed, &mut end));
         if !all {
             self.undo();
         }
@@ -399,7 +437,7 @@ impl Steps for Handlers<'_> {
     }
 
     fn undo(&mut self) {
-        HOOKS.finish(|h| hook::call(h, Phase::Undo));
+        STATE.hooks.finish(|h| hook::call(h, Phase::Undo));
     }
 }
 
@@ -412,6 +450,7 @@ extern "C" fn on_prepare() {
         return;
     }
     passage.errno = sys::errno();
+    passage.stage = Stage::Working;
     let Some(me) = try_me() else {
         passage.stage = Stage::Dirty;
         return;
@@ -419,7 +458,7 @@ extern "C" fn on_prepare() {
     // SAFETY: the request lives on the stack of `fork`, which is below this frame on the same thread, and `fork` looks
     // at it again only after libc's fork has returned.
     let request = unsafe { me.request.load(Relaxed).cast::<Request>().as_mut() };
-    if OFF.load(Relaxed) {
+    if STATE.off.load(Relaxed) {
         passage.stage = Stage::Off;
         if request.is_some() {
             passage.mask = Some(sys::block_all());
@@ -444,7 +483,7 @@ fn prepare_coordinated(me: &Slot, request: &mut Request, passage: &mut Passage) 
     let mut busy = Busy::NONE;
     let mut steps =
         Handlers { mask: &mut passage.mask, coordinated: true, report: &mut request.report, vetoed: false };
-    let outcome = prepare::prepare(&GATE, me, &mut steps, &plan, &mut busy);
+    let outcome = prepare::prepare(&STATE.gate, me, &mut steps, &plan, &mut busy);
     request.report.busy = busy;
     request.outcome = Some(outcome);
     passage.stage = match outcome {
@@ -454,18 +493,18 @@ fn prepare_coordinated(me: &Slot, request: &mut Request, passage: &mut Passage) 
 }
 
 fn prepare_foreign(me: &Slot, passage: &mut Passage) {
-    COUNT.foreign.fetch_add(1, Relaxed);
+    STATE.count.foreign.fetch_add(1, Relaxed);
     if me.in_guard() {
-        COUNT.in_region.fetch_add(1, Relaxed);
+        STATE.count.in_region.fetch_add(1, Relaxed);
     }
-    let budget = FOREIGN_BUDGET.load(Relaxed);
+    let budget = STATE.foreign_budget.load(Relaxed);
     let deadline = (budget != u64::MAX).then(|| clock::now().saturating_add(budget));
     let plan = Plan { coordinated: false, deadline, let_go_at: None, bound: FIRST_BOUND };
     let mut busy = Busy::NONE;
     let mut report = Report::new();
     let mut steps =
         Handlers { mask: &mut passage.mask, coordinated: false, report: &mut report, vetoed: false };
-    let outcome = prepare::prepare(&GATE, me, &mut steps, &plan, &mut busy);
+    let outcome = prepare::prepare(&STATE.gate, me, &mut steps, &plan, &mut busy);
     let vetoed = steps.vetoed;
     passage.stage = match outcome {
         Outcome::Committed(shut) => Stage::Committed(shut),
@@ -473,10 +512,10 @@ fn prepare_foreign(me: &Slot, passage: &mut Passage) {
     };
     if vetoed || passage.stage == Stage::Dirty {
         passage.dirty = true;
-        COUNT.dirty.fetch_add(1, Relaxed);
+        STATE.count.dirty.fetch_add(1, Relaxed);
         report.busy = busy;
         if !report.say(outcome) {
-            COUNT.unreported.fetch_add(1, Relaxed);
+            STATE.count.unreported.fetch_add(1, Relaxed);
         }
     }
     if passage.stage == Stage::Dirty
@@ -493,20 +532,30 @@ extern "C" fn on_parent() {
         passage.nested -= 1;
         return;
     }
-    let failed = sys::errno();
-    let stage = std::mem::replace(&mut passage.stage, Stage::None);
-    let Some(me) = seated() else { return };
+    let errno = sys::errno();
+    let stage = std::mem::replace(&mut passage.stage, Stage::Working);
+    let Some(me) = seated() else {
+        passage.stage = Stage::None;
+        return;
+    };
     // SAFETY: as in `on_prepare`.
     let request = unsafe { me.request.load(Relaxed).cast::<Request>().as_mut() };
     let mut ours = true;
     if let Stage::Committed(shut) = stage {
-        let phase = if failed == 0 { Phase::Parent } else { Phase::Undo };
-        HOOKS.finish(|h| hook::call(h, phase));
-        ours = GATE.reopen(shut);
-        GATE.drop_role(me);
+        let phase = if has_failed(errno) { Phase::Undo } else { Phase::Parent };
+        STATE.hooks.finish(|h| hook::call(h, phase));
+        ours = STATE.gate.reopen(shut);
+        STATE.gate.drop_role(me);
     }
     pass_mask(passage, request, ours);
-    sys::set_errno(if failed == 0 { passage.errno } else { failed });
+    passage.stage = Stage::None;
+    sys::set_errno(if errno == 0 { passage.errno } else { errno });
+}
+
+/// Whether libc's fork failed, by the errno that it leaves for the parent handlers. Those of other libraries that ran before ours
+/// may have left any other.
+fn has_failed(errno: i32) -> bool {
+    matches!(errno, libc::EAGAIN | libc::ENOMEM | libc::ENOSYS | libc::EPERM)
 }
 
 /// The mask is put back at once after a foreign fork; `fork` does it after a coordinated one, when it knows the child.
@@ -531,7 +580,7 @@ extern "C" fn on_child() {
         passage.nested = 0;
         passage.stage = Stage::Dirty;
         passage.dirty = true;
-        HOOKS.reset();
+        STATE.hooks.reset();
     }
     let errno = passage.errno;
     if passage.stage != Stage::Mended {
@@ -556,33 +605,33 @@ fn become_child(passage: &mut Passage) {
         Stage::Refused => sys::exit_now(0),
         Stage::Committed(shut) => {
             hooks = true;
-            if !GATE.still_shut(shut) {
+            if !STATE.gate.still_shut(shut) {
                 clean = false;
                 if let Some(request) = request {
-                    verdict::say(me, request.ticket, false);
+                    STATE.verdicts.say(me, request.ticket, false);
                     sys::exit_now(0);
                 }
             }
         }
         Stage::Dirty => clean = false,
         // Nothing was shut: as after a plain fork, but nobody is to be blamed.
-        Stage::None | Stage::Off | Stage::Mended => clean = false,
+        Stage::None | Stage::Working | Stage::Off | Stage::Mended => clean = false,
     }
     if let (Some(request), true) = (request, hooks) {
-        verdict::say(me, request.ticket, true);
+        STATE.verdicts.say(me, request.ticket, true);
     }
     if !clean {
-        DIRTY.store(true, Relaxed);
+        STATE.dirty.store(true, Relaxed);
     }
     take_over(!clean);
     // From here on hooks may use regions: `me` must not think that nobody told this child.
     // SAFETY: as in `me`.
-    unsafe { &*ALIVE.load(Relaxed) }.store(HERE, Release);
+    unsafe { &*STATE.alive.load(Relaxed) }.store(HERE, Release);
     if hooks {
-        HOOKS.forget_waiters();
-        HOOKS.finish(|h| hook::call(h, Phase::Child));
+        STATE.hooks.forget_waiters();
+        STATE.hooks.finish(|h| hook::call(h, Phase::Child));
     } else {
-        HOOKS.reset();
+        STATE.hooks.reset();
     }
     care_table::close_at_fork();
     if let Some(me) = me {
