@@ -4,12 +4,12 @@
 
 use crate::child::Child;
 use crate::error::{ForkError, Report};
-use crate::gate::{FIRST_BOUND, Slot};
+use crate::gate::{FIRST_BOUND, LAST_BOUND, Slot};
 use crate::in_child::InChild;
 use crate::options::{ForkOptions, Ready};
 use crate::prepare::Outcome;
-use crate::runtime::{self, COUNT, Request};
-use crate::{care_table, clock, stdio, sys, verdict};
+use crate::runtime::{self, Request, count};
+use crate::{care_table, clock, stdio, sys};
 use std::io::Write;
 use std::os::fd::{AsRawFd, IntoRawFd};
 use std::panic::{AssertUnwindSafe, catch_unwind};
@@ -89,9 +89,9 @@ impl ForkOptions<'_> {
         // SAFETY: the caller's promise.
         let outcome = unsafe { self.fork_ready(ready) };
         if outcome.is_err() {
-            COUNT.refused.fetch_add(1, Relaxed);
+            count().refused.fetch_add(1, Relaxed);
         }
-        if runtime::HOOKS.has_leftovers() && !matches!(outcome, Ok(Fork::Child(_))) {
+        if runtime::hooks().has_leftovers() && !matches!(outcome, Ok(Fork::Child(_))) {
             crate::hook::tidy();
         }
         outcome
@@ -141,12 +141,12 @@ impl ForkOptions<'_> {
         if me.in_guard() && !runtime::is_off() {
             return Err(ForkError::Forbidden { entered: me.entered() });
         }
-        verdict::ready().map_err(ForkError::Os)?;
+        runtime::verdicts().ready().map_err(ForkError::Os)?;
         let begin = clock::now();
         let ns = |d: std::time::Duration| u64::try_from(d.as_nanos()).unwrap_or(u64::MAX);
         let mut request = Request {
             deadline: self.timeout.map(|d| begin.saturating_add(ns(d))),
-            let_go_at: self.timeout.map(|d| begin.saturating_add(ns(d) / 2)),
+            let_go_at: None,
             bound: FIRST_BOUND,
             ticket: 0,
             outcome: None,
@@ -156,6 +156,7 @@ impl ForkOptions<'_> {
         };
         loop {
             request.ticket = TICKETS.fetch_add(1, Relaxed);
+            request.let_go_at = Some(let_go_at(request.deadline));
             // SAFETY: the caller's promise.
             let end = unsafe { once(me, &mut request) };
             let pid = match end {
@@ -170,10 +171,10 @@ impl ForkOptions<'_> {
             };
             let again = match request.outcome {
                 None | Some(Outcome::Committed(_)) => {
-                    let good = !request.ask_child || verdict::ask(me, request.ticket, || sys::is_dead(pid));
+                    let good = !request.ask_child || runtime::verdicts().ask(me, request.ticket, || sys::is_dead(pid));
                     if good {
                         restore(&mut request);
-                        COUNT.forks.fetch_add(1, Relaxed);
+                        count().forks.fetch_add(1, Relaxed);
                         return Ok(Fork::Parent(Child::new(pid)));
                     }
                     FIRST_BOUND
@@ -183,7 +184,7 @@ impl ForkOptions<'_> {
             };
             // A child that was none: gone, or taken by a waitpid(-1) elsewhere, which is the same.
             drop(sys::reap(pid, true));
-            COUNT.thrown_away.fetch_add(1, Relaxed);
+            count().thrown_away.fetch_add(1, Relaxed);
             restore(&mut request);
             let over = request.deadline.is_some_and(|d| clock::now() >= d);
             if again == 0 || over {
@@ -191,9 +192,8 @@ impl ForkOptions<'_> {
                 return Err(request.report.into_error(outcome));
             }
             // Others that wait for a lock of another library's handler get it now.
-            sys::sleep(again);
+            sys::sleep(clock::real_wait(again));
             request.bound = again;
-            request.let_go_at = None;
             request.outcome = None;
         }
     }
@@ -228,6 +228,14 @@ impl ForkOptions<'_> {
         }
         InChild::new(ready.keep)
     }
+}
+
+/// When a fork that gets nowhere lets go of what other libraries' handlers took for it: half way through what is left of its
+/// budget. Without a budget too, or it would wait for ever for a region that waits for such a lock.
+fn let_go_at(deadline: Option<u64>) -> u64 {
+    let now = clock::now();
+    let left = deadline.map_or(1_000_000_000, |d| d.saturating_sub(now));
+    now.saturating_add((left / 2).max(LAST_BOUND / 10))
 }
 
 fn restore(request: &mut Request) {
