@@ -19,12 +19,15 @@
 //! see the other's store. The forker's `heavy_fence` (membarrier) makes both sides' accesses ordered, so that a
 //! region costs no fence of its own. The same pairing serves `leave` against a forker that goes to sleep.
 
-use crate::sync::{
-    self, ANY, AtomicPtr, AtomicU32, AtomicU64, Ordering, Wake, fence, heavy_fence, light_fence,
-};
+use crate::sync::{self, ANY, AtomicPtr, AtomicU32, AtomicU64, Ordering, Wake, fence, heavy_fence, light_fence};
 use std::panic::Location;
 
 use Ordering::{AcqRel, Acquire, Relaxed, Release, SeqCst};
+
+// loom's atomics cannot be const; its constructors, and the copy that a fork makes, live with the models.
+#[cfg(loom)]
+#[path = "../loom-tests/src/twins.rs"]
+mod twins;
 
 const STATE: u32 = 3;
 const OPEN: u32 = 1;
@@ -100,24 +103,6 @@ impl Slot {
             waits_at: AtomicPtr::new(std::ptr::null_mut()),
             entered: AtomicPtr::new(std::ptr::null_mut()),
             name: [const { AtomicU64::new(0) }; 2],
-            request: AtomicPtr::new(std::ptr::null_mut()),
-        }
-    }
-
-    /// A taken seat for a model (loom's atomics cannot be const).
-    #[cfg(loom)]
-    pub(crate) fn new(id: u32) -> Self {
-        Self {
-            depth: AtomicU64::new(0),
-            tid: AtomicU32::new(id),
-            id: AtomicU32::new(id),
-            fork: AtomicU32::new(NONE),
-            ticket: AtomicU32::new(0),
-            waits_for: AtomicU32::new(0),
-            looked: AtomicU32::new(0),
-            waits_at: AtomicPtr::new(std::ptr::null_mut()),
-            entered: AtomicPtr::new(std::ptr::null_mut()),
-            name: [AtomicU64::new(0), AtomicU64::new(0)],
             request: AtomicPtr::new(std::ptr::null_mut()),
         }
     }
@@ -231,7 +216,9 @@ pub(crate) enum Drain {
     Deadlock,
 }
 
+/// The words first, the seats after them (runtime.rs counts on it).
 #[derive(Debug)]
+#[repr(C)]
 pub(crate) struct Gate<S> {
     word: AtomicU32,
     /// `OPEN` or `FENCED`: what an opening puts into `word`.
@@ -259,25 +246,6 @@ pub(crate) struct Gate<S> {
 impl<S: Seats> Gate<S> {
     #[cfg(not(loom))]
     pub(crate) const fn new(seats: S) -> Self {
-        Self {
-            word: AtomicU32::new(OPEN),
-            mode: AtomicU32::new(OPEN),
-            deadline: AtomicU64::new(0),
-            waiters: AtomicU32::new(0),
-            courteous: AtomicU32::new(0),
-            drain: AtomicU32::new(0),
-            sleeping: AtomicU32::new(0),
-            role: AtomicU32::new(0),
-            queued: AtomicU32::new(0),
-            tickets: AtomicU32::new(0),
-            ghosts: AtomicU32::new(0),
-            reopened: AtomicU64::new(0),
-            seats,
-        }
-    }
-
-    #[cfg(loom)]
-    pub(crate) fn new(seats: S) -> Self {
         Self {
             word: AtomicU32::new(OPEN),
             mode: AtomicU32::new(OPEN),
@@ -549,9 +517,7 @@ impl<S: Seats> Gate<S> {
         self.courteous.store(1, SeqCst);
         loop {
             let waiting = self.waiters.load(SeqCst);
-            if waiting == 0
-                || sync::futex_wait(&self.waiters, waiting, ANY, Some(until)) == Wake::TimedOut
-            {
+            if waiting == 0 || sync::futex_wait(&self.waiters, waiting, ANY, Some(until)) == Wake::TimedOut {
                 break;
             }
         }
@@ -685,9 +651,7 @@ impl<S: Seats> Gate<S> {
         loop {
             let seen = self.drain.load(SeqCst);
             self.look(me, &mut busy);
-            if busy.queued
-                || sync::futex_wait(&self.drain, seen, ANY, Some(until)) == Wake::TimedOut
-            {
+            if busy.queued || sync::futex_wait(&self.drain, seen, ANY, Some(until)) == Wake::TimedOut {
                 break;
             }
         }
@@ -717,5 +681,7 @@ fn location(p: &AtomicPtr<Location<'static>>) -> Option<&'static Location<'stati
     let p = p.load(Relaxed);
     // SAFETY: only addresses of `&'static Location` (or null) are ever stored in a seat's `entered` (runtime.rs).
     #[allow(unsafe_code)]
-    unsafe { p.as_ref() }
+    unsafe {
+        p.as_ref()
+    }
 }

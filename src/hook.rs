@@ -3,7 +3,7 @@
 use crate::error::{Report, Text};
 use crate::hook_list::{self, Node, Step};
 use crate::prepare::{Hooks, How};
-use crate::runtime::{self, HOOKS, gate};
+use crate::runtime::{self, gate, hooks};
 use crate::{clock, sys};
 use std::borrow::Cow;
 use std::fmt;
@@ -194,7 +194,7 @@ pub fn register(hook: Hook) -> Registration {
     let name = hook.name;
     let key = hook_list::key(hook.rank, SEQUENCE.fetch_add(1, Ordering::Relaxed));
     runtime::generation();
-    let registration = Registration { node: HOOKS.join(key, Arc::new(hook)), name };
+    let registration = Registration { node: hooks().join(key, Arc::new(hook)), name };
     tidy();
     registration
 }
@@ -205,7 +205,7 @@ impl Drop for Registration {
         // SAFETY: `node` is from `join` of this list, and this is its only leave.
         #[allow(unsafe_code)]
         unsafe {
-            HOOKS.leave(self.node, !inside);
+            hooks().leave(self.node, !inside);
         }
         tidy();
     }
@@ -220,11 +220,11 @@ pub(crate) fn tidy() {
     // A signal handler that forks would wait for the role that this thread holds.
     let mask = sys::block_all();
     if gate().try_role(me) {
-        HOOKS.settle();
+        hooks().settle();
         gate().drop_role(me);
     }
     sys::set_mask(&mask);
-    HOOKS.collect();
+    hooks().collect();
 }
 
 /// What to call after prepare.
@@ -259,7 +259,7 @@ pub(crate) fn prepare(
     vetoed: &mut bool,
     end: &mut Hooks,
 ) -> Step {
-    if HOOKS.is_left() {
+    if hooks().is_left() {
         *end = Hooks::Unregistering;
         return Step::Stop;
     }
@@ -312,7 +312,7 @@ fn take(lock: &dyn Foreign, how: How) -> bool {
     }
     let How::Wait(until) = how else { return false };
     let mut pause = PAUSES.0;
-    while !HOOKS.is_left() && clock::now() < until {
+    while !hooks().is_left() && clock::now() < until {
         sys::sleep(pause);
         if lock.take() {
             return true;
@@ -348,18 +348,18 @@ pub(crate) fn call(hook: &Registered, phase: Phase) {
 /// Runs the clean-ups in a noexec child, by falling rank; how many, and how many of them panicked.
 pub(crate) fn clean_up() -> (usize, usize) {
     let me = runtime::me();
-    let mut hooks = Vec::new();
+    let mut found = Vec::new();
     let mask = sys::block_all();
     // The child's own threads may be registering; a fork by one of them runs no clean-up, so missing it here loses nothing.
     while !gate().try_role(me) {
         sys::yield_now();
     }
-    HOOKS.each_living(|h| hooks.push(Arc::clone(h)));
+    hooks().each_living(|h| found.push(Arc::clone(h)));
     gate().drop_role(me);
     sys::set_mask(&mask);
     let mut panicked = 0;
     let mut ran = 0;
-    for h in &hooks {
+    for h in &found {
         let Some(f) = &h.cleanup else { continue };
         ran += 1;
         if let Err(payload) = catch_unwind(AssertUnwindSafe(f)) {
@@ -380,7 +380,7 @@ fn say_panic(hook: &str, phase: &[u8], message: &Text) {
     line.push(message.as_bytes());
     line.push(b"\n");
     if !sys::say(line.as_bytes()) {
-        runtime::COUNT.unreported.fetch_add(1, Ordering::Relaxed);
+        runtime::count().unreported.fetch_add(1, Ordering::Relaxed);
     }
 }
 

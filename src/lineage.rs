@@ -1,6 +1,6 @@
 //! Which process this is: generations, and what happened at the forks (G6, G10, D1's first counters).
 
-use crate::runtime::{self, COUNT, gate};
+use crate::runtime::{self, count, gate};
 use std::sync::atomic::Ordering::Relaxed;
 use std::time::Duration;
 
@@ -50,7 +50,7 @@ pub fn lineage() -> Lineage {
 /// How long a fork by foreign code may be kept waiting before it goes ahead dirty; `None` is for ever. At first 5 s (G6).
 pub fn set_foreign_budget(budget: Option<Duration>) {
     let ns = budget.map_or(u64::MAX, |d| u64::try_from(d.as_nanos()).unwrap_or(u64::MAX - 1));
-    runtime::FOREIGN_BUDGET.store(ns, Relaxed);
+    runtime::foreign_budget().store(ns, Relaxed);
 }
 
 /// What was counted in this process; a child starts from 0.
@@ -79,13 +79,13 @@ pub struct Stats {
 pub fn stats() -> Stats {
     runtime::generation();
     Stats {
-        forks: COUNT.forks.load(Relaxed),
-        foreign: COUNT.foreign.load(Relaxed),
-        refused: COUNT.refused.load(Relaxed),
-        dirty: COUNT.dirty.load(Relaxed),
-        in_region: COUNT.in_region.load(Relaxed),
-        thrown_away: COUNT.thrown_away.load(Relaxed),
+        forks: count().forks.load(Relaxed),
+        foreign: count().foreign.load(Relaxed),
+        refused: count().refused.load(Relaxed),
+        dirty: count().dirty.load(Relaxed),
+        in_region: count().in_region.load(Relaxed),
+        thrown_away: count().thrown_away.load(Relaxed),
         reopened: gate().reopened.load(Relaxed),
-        unreported: COUNT.unreported.load(Relaxed),
+        unreported: count().unreported.load(Relaxed),
     }
 }

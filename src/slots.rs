@@ -11,12 +11,13 @@ const FIRST: u32 = 64;
 const CHUNKS: usize = 20;
 
 #[derive(Debug)]
+#[repr(C)]
 pub(crate) struct SlotTable {
-    first: [Slot; FIRST as usize],
-    /// Chunk k holds the seats `FIRST << k .. FIRST << (k + 1)`. Never unmapped.
-    chunks: [AtomicPtr<Slot>; CHUNKS],
     /// Seats ever given out.
     used: AtomicU32,
+    /// Chunk k holds the seats `FIRST << k .. FIRST << (k + 1)`. Never unmapped.
+    chunks: [AtomicPtr<Slot>; CHUNKS],
+    first: [Slot; FIRST as usize],
 }
 
 impl SlotTable {

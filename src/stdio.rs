@@ -1,4 +1,199 @@
-//! x
-pub(crate) fn panics_by_write(){} pub(crate) fn in_spawned_child(){} pub(crate) fn is_guarded()->bool{false}
-/// x
-pub fn guard()->crate::Registration { crate::register(crate::Hook::new("x")) }
+//! Rust's standard output and error, and the panic message, safe in every child (L6).
+//!
+//! ```
+//! let registration = carefork::stdio::guard();
+//! // For the life of the process:
+//! std::mem::forget(registration);
+//! ```
+//!
+//! std keeps a lock round each of the two streams and a buffer in front of the first. A child forked while another thread
+//! prints finds the lock held for ever (78 % of children that `println!` hung, 89 % that `eprintln!`), and a half-full buffer
+//! is written by parent and child both. [`guard`] holds the locks over the fork and empties the buffer before it.
+//!
+//! # Limits
+//! - **This is the one hook that waits without a budget**: std's locks can neither be tried nor waited for with an end. A
+//!   thread that is stuck while it prints, into a pipe that nobody reads, holds up every fork for as long as it is stuck,
+//!   coordinated ones past their budget too. Regions go on meanwhile. A program that cannot have that does not call
+//!   [`guard`], and prints nothing in its children.
+//! - Lock order is standard output, then standard error. A thread that holds `stderr().lock()` and then prints to standard
+//!   output can deadlock with a fork.
+//! - Standard input is never taken: a reader sleeps in it. A child must not read it while another thread may have been reading.
+//! - Only what poll(2) says can be written at once is flushed. What cannot is the parent's to write: a child's copy of
+//!   it is thrown away, and the child says so on fd 2.
+//! - C's stdio has buffers of its own, which this does not see.
+//! - While a panic hook runs, its thread is in a region: it must not fork, and one stuck writing its message keeps forks waiting.
+//!   A hook that is set later by `std::panic::set_hook` is not covered, nor is `set_hook` itself.
+
+#![allow(unsafe_code)]
+
+use crate::error::Text;
+use crate::hook::{self, Hook, Registration};
+use crate::{region, runtime, sys};
+use std::cell::{Cell, UnsafeCell};
+use std::io::{self, StderrLock, StdoutLock, Write};
+use std::panic::{self, PanicHookInfo};
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering::Relaxed};
+use std::sync::{Arc, Once};
+
+/// Makes `println!`, `eprintln!` and `panic!` safe in every child, until the registration is dropped; no line of theirs is
+/// lost at a fork, and none comes twice.
+///
+/// Prepares last of all hooks (rank `i32::MAX`), so other hooks may print. Also wraps the panic hook of this moment in a
+/// region, once for the process: no thread can be forked away in the middle of its panic message or its backtrace.
+/// See the [module](self) for what it costs. Calling it twice is harmless.
+///
+/// ```
+/// let registration = carefork::stdio::guard();
+/// print!("half a line");
+/// // SAFETY: the child exits at once.
+/// match unsafe { carefork::fork() }? {
+///     carefork::Fork::Child(child) => {
+///         println!("from the child");
+///         child.exit(0)
+///     }
+///     carefork::Fork::Parent(mut child) => assert!(child.wait()?.success()),
+/// }
+/// drop(registration);
+/// # Ok::<(), Box<dyn std::error::Error>>(())
+/// ```
+pub fn guard() -> Registration {
+    {
+        // std makes both on first use: not for the prepare handler, and not for another thread's fork to cut in two.
+        let _region = region::no_forking();
+        drop(io::stdout().lock());
+        drop(io::stderr().lock());
+    }
+    panics_by_write();
+    let streams = Arc::new(Streams { held: UnsafeCell::new(None), unflushed: Cell::new(false) });
+    let (in_parent, in_child) = (Arc::clone(&streams), Arc::clone(&streams));
+    hook::register(
+        Hook::new("std's standard streams")
+            .rank(i32::MAX)
+            .prepare(move || streams.take())
+            .parent(move || in_parent.release())
+            .child(move || in_child.release_in_child()),
+    )
+}
+
+struct Streams {
+    held: UnsafeCell<Option<(StdoutLock<'static>, StderrLock<'static>)>>,
+    /// Something may be in the buffer still.
+    unflushed: Cell<bool>,
+}
+
+// SAFETY: used by the hook's functions only, which the holder of the gate's role runs, one thread at a time; no lock is in it
+// outside a fork, so none can be dropped by another thread.
+unsafe impl Send for Streams {}
+// SAFETY: as above.
+unsafe impl Sync for Streams {}
+
+/// The generation of the child in which the locks were let go of: they are known to be free there.
+static FREE_IN: AtomicU64 = AtomicU64::new(0);
+
+impl Streams {
+    /// Waits for whoever prints. Allocates nothing: std's locks live in its statics, the buffer is there.
+    fn take(&self) {
+        let mut out = io::stdout().lock();
+        // An error is a stream that takes nothing more; what is left in the buffer is as if there had been no room.
+        self.unflushed.set(!sys::takes_now(libc::STDOUT_FILENO) || out.flush().is_err());
+        let err = io::stderr().lock();
+        // SAFETY: see `Sync`; no reference into the cell outlives a statement.
+        unsafe { *self.held.get() = Some((out, err)) };
+    }
+
+    fn release(&self) {
+        // SAFETY: as in `take`.
+        let held = unsafe { &mut *self.held.get() }.take();
+        if let Some((out, err)) = held {
+            drop(err);
+            drop(out);
+        }
+    }
+
+    fn release_in_child(&self) {
+        // SAFETY: as in `take`.
+        let Some((mut out, err)) = unsafe { &mut *self.held.get() }.take() else { return };
+        if self.unflushed.replace(false) {
+            let thrown = sys::divert(libc::STDOUT_FILENO, || drop(out.flush()));
+            say_unflushed(thrown.ok());
+        }
+        drop(err);
+        drop(out);
+        FREE_IN.store(runtime::generation(), Relaxed);
+    }
+}
+
+fn say_unflushed(thrown: Option<usize>) {
+    let mut line = Text::new();
+    line.push(b"carefork: standard output could not be flushed before a fork: ");
+    match thrown {
+        // Nothing was in the buffer.
+        Some(0) => return,
+        Some(n) => {
+            line.number(u32::try_from(n).unwrap_or(u32::MAX));
+            line.push(b" bytes are left to the parent to write, and dropped in child ");
+        }
+        None => line.push(b"for want of descriptors what it holds may be written twice, also by child "),
+    }
+    line.number(sys::getpid());
+    line.push(b"\n");
+    say(&line);
+}
+
+fn say(line: &Text) {
+    if !sys::say(line.as_bytes()) {
+        runtime::count().unreported.fetch_add(1, Relaxed);
+    }
+}
+
+/// In a child: the locks of standard output and error are known to be free, because the guard took part in the fork.
+pub(crate) fn is_guarded() -> bool {
+    let generation = runtime::generation();
+    generation != 0 && FREE_IN.load(Relaxed) == generation
+}
+
+static SPAWNED: AtomicBool = AtomicBool::new(false);
+
+/// This process is a child of `spawn`: its panics are told by one write(2), without std's locks.
+pub(crate) fn in_spawned_child() {
+    SPAWNED.store(true, Relaxed);
+}
+
+/// Wraps the panic hook, once for the process: in a spawned child the message is one write(2); elsewhere the hook from
+/// before runs in a region. Not from a panicking thread, which may not change the hook: there it does nothing.
+pub(crate) fn panics_by_write() {
+    static WRAPPED: Once = Once::new();
+    if WRAPPED.is_completed() || std::thread::panicking() {
+        return;
+    }
+    // No other thread may fork between the two steps: the child would wait for this `Once`, or for std's own lock, for ever.
+    let _region = region::no_forking();
+    WRAPPED.call_once(|| {
+        let previous = panic::take_hook();
+        panic::set_hook(Box::new(move |info| {
+            if SPAWNED.load(Relaxed) {
+                tell(info);
+            } else {
+                // std's backtrace lock, the locks of the streams, and whatever else the hook takes: free at every fork.
+                let _region = region::no_forking();
+                previous(info);
+            }
+        }));
+    });
+}
+
+fn tell(info: &PanicHookInfo<'_>) {
+    let mut line = Text::new();
+    line.push(b"carefork: child ");
+    line.number(sys::getpid());
+    line.push(b" panicked at ");
+    if let Some(at) = info.location() {
+        line.push(at.file().as_bytes());
+        line.push(b":");
+        line.number(at.line());
+        line.push(b": ");
+    }
+    line.push(hook::message(info.payload()).as_bytes());
+    line.push(b"\n");
+    say(&line);
+}

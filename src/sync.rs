@@ -3,10 +3,10 @@
 //! Under loom the futex is a model: a queue of sleepers behind one lock, with the kernel's rule that
 //! the comparison and the falling asleep are one step, so that a lost wake-up is a deadlock loom reports.
 
-#[cfg(not(loom))]
-pub(crate) use real::*;
 #[cfg(loom)]
 pub(crate) use model::*;
+#[cfg(not(loom))]
+pub(crate) use real::*;
 
 /// How a futex wait ended.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -25,9 +25,13 @@ mod real {
     use super::Wake;
     use crate::{clock, sys};
     pub(crate) use std::hint::spin_loop;
-    pub(crate) use std::sync::atomic::{
-        AtomicPtr, AtomicU32, AtomicU64, Ordering, compiler_fence, fence,
-    };
+    pub(crate) use std::sync::atomic::{AtomicPtr, AtomicU32, AtomicU64, Ordering, compiler_fence, fence};
+
+    /// A deviation that the models must catch. Compiled in, and named by the environment, only under loom.
+    #[inline(always)]
+    pub(crate) const fn fault(_: &str) -> bool {
+        false
+    }
 
     /// The region's half of the asymmetric fence: nothing at run time, `heavy_fence` does the work.
     #[inline(always)]
@@ -45,12 +49,7 @@ mod real {
     /// Sleeps while `word` holds `expected`, at most until `deadline` (ns of `clock::now`).
     ///
     /// Async-signal-safe.
-    pub(crate) fn futex_wait(
-        word: &AtomicU32,
-        expected: u32,
-        bits: u32,
-        deadline: Option<u64>,
-    ) -> Wake {
+    pub(crate) fn futex_wait(word: &AtomicU32, expected: u32, bits: u32, deadline: Option<u64>) -> Wake {
         let Some(deadline) = deadline else {
             sys::futex_wait(word, expected, bits, None);
             return Wake::Look;
@@ -88,68 +87,94 @@ mod real {
 mod model {
     use super::Wake;
     pub(crate) use loom::hint::spin_loop;
+    use loom::sync::Mutex;
     pub(crate) use loom::sync::atomic::{AtomicPtr, AtomicU32, AtomicU64, Ordering, fence};
-    use loom::sync::{Condvar, Mutex};
+    use loom::thread::{Thread, current, park};
     use std::sync::Arc;
+    use std::sync::OnceLock;
+    use std::sync::atomic::AtomicBool;
 
     loom::lazy_static! {
-        static ref QUEUE: (Mutex<Vec<Sleeper>>, Condvar) = (Mutex::new(Vec::new()), Condvar::new());
-        static ref TIME: AtomicU64 = AtomicU64::new(0);
+        static ref WORLD: World = World {
+            sleepers: Mutex::new(Vec::new()),
+            time: AtomicU64::new(0),
+            membarrier: AtomicBool::new(true),
+        };
+    }
+
+    struct World {
+        sleepers: Mutex<Vec<Sleeper>>,
+        time: AtomicU64,
+        membarrier: AtomicBool,
     }
 
     struct Sleeper {
         word: usize,
         bits: u32,
         deadline: u64,
-        woken: Arc<std::sync::atomic::AtomicBool>,
+        woken: Arc<AtomicBool>,
+        thread: Thread,
+    }
+
+    impl Sleeper {
+        fn wake(&self) -> bool {
+            self.woken.store(true, Ordering::Relaxed);
+            self.thread.unpark();
+            true
+        }
+    }
+
+    /// Before the first thread of a model: time 0, nobody asleep, membarrier to be had or not.
+    pub(crate) fn begin(membarrier: bool) {
+        WORLD.membarrier.store(membarrier, Ordering::Relaxed);
+    }
+
+    pub(crate) fn fault(name: &str) -> bool {
+        static CHOSEN: OnceLock<Option<String>> = OnceLock::new();
+        CHOSEN.get_or_init(|| std::env::var("CAREFORK_FAULT").ok()).as_deref() == Some(name)
     }
 
     /// membarrier is modelled as a full fence on both sides.
     pub(crate) fn light_fence() {
-        fence(Ordering::SeqCst);
+        if WORLD.membarrier.load(Ordering::Relaxed) {
+            fence(Ordering::SeqCst);
+        }
     }
 
     pub(crate) fn heavy_fence() -> bool {
         fence(Ordering::SeqCst);
-        true
+        WORLD.membarrier.load(Ordering::Relaxed)
     }
 
     /// Time stands still until a thread of the model calls `advance`: a time-out is an interleaving.
-    pub(crate) fn futex_wait(
-        word: &AtomicU32,
-        expected: u32,
-        bits: u32,
-        deadline: Option<u64>,
-    ) -> Wake {
+    pub(crate) fn futex_wait(word: &AtomicU32, expected: u32, bits: u32, deadline: Option<u64>) -> Wake {
         let deadline = deadline.unwrap_or(u64::MAX);
-        let (queue, bell) = &*QUEUE;
-        let mut sleepers = queue.lock().unwrap();
+        let woken = Arc::new(AtomicBool::new(false));
+        // The kernel's own, between the call and its look at the word.
+        fence(Ordering::SeqCst);
+        let mut sleepers = WORLD.sleepers.lock().unwrap();
         if word.load(Ordering::Relaxed) != expected {
             return Wake::Look;
         }
         if now() >= deadline {
             return Wake::TimedOut;
         }
-        let woken = Arc::new(std::sync::atomic::AtomicBool::new(false));
         let address = std::ptr::from_ref(word) as usize;
-        sleepers.push(Sleeper { word: address, bits, deadline, woken: Arc::clone(&woken) });
-        while !woken.load(std::sync::atomic::Ordering::Relaxed) {
-            sleepers = bell.wait(sleepers).unwrap();
+        let me = Sleeper { word: address, bits, deadline, woken: Arc::clone(&woken), thread: current() };
+        sleepers.push(me);
+        drop(sleepers);
+        while !woken.load(Ordering::Relaxed) {
+            park();
         }
         if now() >= deadline { Wake::TimedOut } else { Wake::Look }
     }
 
-    /// The clock of the model moves on to `to`, and every sleeper whose deadline that is wakes.
-    pub(crate) fn advance(to: u64) {
-        let (queue, bell) = &*QUEUE;
-        let mut sleepers = queue.lock().unwrap();
-        TIME.store(to, Ordering::SeqCst);
-        sleepers.retain(|s| {
-            let due = s.deadline <= to;
-            s.woken.fetch_or(due, std::sync::atomic::Ordering::Relaxed);
-            !due
-        });
-        bell.notify_all();
+    /// The clock of the model moves on by `ns`, and every sleeper whose deadline that is wakes.
+    pub(crate) fn advance(ns: u64) {
+        let mut sleepers = WORLD.sleepers.lock().unwrap();
+        let to = now() + ns;
+        WORLD.time.store(to, Ordering::SeqCst);
+        sleepers.retain(|s| !(s.deadline <= to && s.wake()));
     }
 
     pub(crate) fn fence_by_other_means() {}
@@ -163,22 +188,17 @@ mod model {
     }
 
     fn wake(address: usize, count: u32, bits: u32) -> bool {
-        let (queue, bell) = &*QUEUE;
-        let mut sleepers = queue.lock().unwrap();
+        let mut sleepers = WORLD.sleepers.lock().unwrap();
         let mut left = count;
         sleepers.retain(|s| {
-            if left > 0 && s.word == address && s.bits & bits != 0 {
-                left -= 1;
-                s.woken.store(true, std::sync::atomic::Ordering::Relaxed);
-                return false;
-            }
-            true
+            let it = left > 0 && s.word == address && s.bits & bits != 0 && s.wake();
+            left -= u32::from(it);
+            !it
         });
-        bell.notify_all();
         left < count
     }
 
     pub(crate) fn now() -> u64 {
-        TIME.load(Ordering::SeqCst)
+        WORLD.time.load(Ordering::SeqCst)
     }
 }

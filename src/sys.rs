@@ -541,3 +541,44 @@ pub(crate) fn is_dead(pid: u32) -> bool {
         r != 0 || unsafe { info.si_pid() } != 0
     })
 }
+
+// -- standard streams
+
+/// Whether a write to `fd` comes back at once, if only with an error: there is room, or it is not open at all.
+///
+/// Not where poll finds nothing but an error: writing to a pipe without a reader may end the process by SIGPIPE.
+pub(crate) fn takes_now(fd: RawFd) -> bool {
+    keep_errno(|| {
+        let mut p = libc::pollfd { fd, events: libc::POLLOUT, revents: 0 };
+        // SAFETY: one live pollfd, no waiting.
+        let n = unsafe { libc::poll(&mut p, 1, 0) };
+        n == 1 && p.revents & libc::POLLERR == 0 && p.revents & (libc::POLLOUT | libc::POLLNVAL) != 0
+    })
+}
+
+/// Runs `f` with a pipe in the place of `fd`, and throws away what it writes there, 4096 bytes at most; how many bytes. An
+/// error if there is no room for three more descriptors; then `f` did not run. In a fresh child: no other thread uses `fd`.
+pub(crate) fn divert(fd: RawFd, f: impl FnOnce()) -> io::Result<usize> {
+    keep_errno(|| {
+        let flags = get_fd_flags(fd)?;
+        // SAFETY: an integer argument.
+        let aside = cerr(unsafe { libc::fcntl(fd, libc::F_DUPFD_CLOEXEC, 3) }.into())?;
+        // SAFETY: the kernel just gave us this number.
+        let aside = unsafe { OwnedFd::from_raw_fd(aside as RawFd) };
+        let mut ends = [0; 2];
+        // SAFETY: room for two numbers.
+        cerr(unsafe { libc::pipe2(ends.as_mut_ptr(), libc::O_CLOEXEC | libc::O_NONBLOCK) }.into())?;
+        // SAFETY: the kernel just gave us these numbers.
+        let [from, to] = ends.map(|end| unsafe { OwnedFd::from_raw_fd(end) });
+        // SAFETY: `fd` is open, and by the promise above nobody uses it meanwhile; `aside` has what it was.
+        retry(|| unsafe { libc::dup2(to.as_raw_fd(), fd) }.into())?;
+        f();
+        let cloexec = if flags & libc::FD_CLOEXEC == 0 { 0 } else { libc::O_CLOEXEC };
+        // SAFETY: as above.
+        retry(|| unsafe { libc::dup3(aside.as_raw_fd(), fd, cloexec) }.into())?;
+        let mut count: libc::c_int = 0;
+        // SAFETY: FIONREAD writes an int to `count`.
+        cerr(unsafe { libc::ioctl(from.as_raw_fd(), libc::FIONREAD, &mut count) }.into())?;
+        Ok(usize::try_from(count).unwrap_or(0))
+    })
+}

@@ -15,22 +15,31 @@ const WORDS: u32 = (sys::PAGE / size_of::<AtomicU32>()) as u32;
 const GOOD: u32 = 1;
 const BAD: u32 = 2;
 
-static PAGE: AtomicPtr<AtomicU32> = AtomicPtr::new(std::ptr::null_mut());
-/// The parent's page, in a child that has not needed one of its own yet.
-static OLD: AtomicPtr<AtomicU32> = AtomicPtr::new(std::ptr::null_mut());
+/// Where the words are.
+#[derive(Debug)]
+pub(crate) struct Pages {
+    mine: AtomicPtr<AtomicU32>,
+    /// The parent's page, in a child that has not needed one of its own yet.
+    old: AtomicPtr<AtomicU32>,
+}
+
+impl Pages {
+    pub(crate) const fn new() -> Self {
+        Self { mine: AtomicPtr::new(std::ptr::null_mut()), old: AtomicPtr::new(std::ptr::null_mut()) }
+    }
 
 /// Makes sure that there is a page. Before the fork.
-pub(crate) fn ready() -> io::Result<()> {
-    if !PAGE.load(Ordering::Acquire).is_null() {
+pub(crate) fn ready(&self) -> io::Result<()> {
+    if !self.mine.load(Ordering::Acquire).is_null() {
         return Ok(());
     }
     let page = sys::map(sys::PAGE, true)?;
     let null = std::ptr::null_mut();
-    if PAGE.compare_exchange(null, page.cast(), Ordering::AcqRel, Ordering::Acquire).is_err() {
+    if self.mine.compare_exchange(null, page.cast(), Ordering::AcqRel, Ordering::Acquire).is_err() {
         // SAFETY: another thread was faster; nobody else knows this mapping.
         unsafe { sys::unmap(page, sys::PAGE) };
     }
-    let old = OLD.swap(std::ptr::null_mut(), Ordering::AcqRel);
+    let old = self.old.swap(std::ptr::null_mut(), Ordering::AcqRel);
     if !old.is_null() {
         // SAFETY: `forget` put it there, whose process held no reference into it; the swap made it this thread's.
         unsafe { sys::unmap(old.cast(), sys::PAGE) };
@@ -38,8 +47,8 @@ pub(crate) fn ready() -> io::Result<()> {
     Ok(())
 }
 
-fn word(seat: u32) -> Option<&'static AtomicU32> {
-    let page = PAGE.load(Ordering::Acquire);
+fn word(&self, seat: u32) -> Option<&'static AtomicU32> {
+    let page = self.mine.load(Ordering::Acquire);
     if page.is_null() {
         return None;
     }
@@ -49,16 +58,16 @@ fn word(seat: u32) -> Option<&'static AtomicU32> {
 }
 
 /// In the child's handler, before the gate is reset. Async-signal-safe.
-pub(crate) fn say(me: Option<&Slot>, ticket: u32, good: bool) {
-    if let Some(w) = me.and_then(|m| word(m.id())) {
+pub(crate) fn say(&self, me: Option<&Slot>, ticket: u32, good: bool) {
+    if let Some(w) = me.and_then(|m| self.word(m.id())) {
         w.store(ticket << 2 | if good { GOOD } else { BAD }, Ordering::Release);
         sys::futex_wake_shared(w);
     }
 }
 
 /// In the parent: what the child said, or true if it died before it could.
-pub(crate) fn ask(me: &Slot, ticket: u32, is_dead: impl Fn() -> bool) -> bool {
-    let Some(w) = word(me.id()) else { return true };
+pub(crate) fn ask(&self, me: &Slot, ticket: u32, is_dead: impl Fn() -> bool) -> bool {
+    let Some(w) = self.word(me.id()) else { return true };
     loop {
         let seen = w.load(Ordering::Acquire);
         if seen >> 2 == ticket & (u32::MAX >> 2) && seen & 3 != 0 {
@@ -73,9 +82,10 @@ pub(crate) fn ask(me: &Slot, ticket: u32, is_dead: impl Fn() -> bool) -> bool {
 
 /// In a child, whose one thread holds no reference into it: the page is the parent's. Unmapped with the first fork of this
 /// process's own, since most children make none.
-pub(crate) fn forget() {
-    let page = PAGE.swap(std::ptr::null_mut(), Ordering::Relaxed);
+pub(crate) fn forget(&self) {
+    let page = self.mine.swap(std::ptr::null_mut(), Ordering::Relaxed);
     if !page.is_null() {
-        OLD.store(page, Ordering::Relaxed);
+        self.old.store(page, Ordering::Relaxed);
     }
+}
 }

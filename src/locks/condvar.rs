@@ -41,6 +41,15 @@ pub struct RawCondvar {
     word: AtomicU32,
 }
 
+/// Without the mutex there is no way back into the caller's guard, not even by unwinding.
+struct Bomb;
+
+impl Drop for Bomb {
+    fn drop(&mut self) {
+        std::process::abort();
+    }
+}
+
 impl RawCondvar {
     /// True if woken, false at the deadline.
     fn wait_until_ns(&self, mutex: &RawMutex, guard: &mut Held, deadline: Option<u64>) -> bool {
@@ -49,18 +58,24 @@ impl RawCondvar {
         // SAFETY: the caller holds `mutex` by `guard`; a guard of the same thread stands for the same seat until it is replaced.
         unsafe { mutex.unlock(Held::new(guard.me)) };
         let woke = sync::futex_wait(&self.word, seen, ANY, deadline);
+        let bomb = Bomb;
         *guard = mutex.lock();
+        std::mem::forget(bomb);
         woke == Wake::Look
     }
 
     fn notify(&self, count: u32) {
         let mut word = self.word.load(Ordering::Relaxed);
         while word & WAIT != 0 {
-            // With one woken of perhaps several the bit stays: taking it off when nobody was woken would race with a sleeper.
+            // With one woken of perhaps several the bit stays.
             let next = if count == 1 { word } else { word & !WAIT }.wrapping_add(STEP);
             match self.word.compare_exchange_weak(word, next, Ordering::Release, Ordering::Relaxed) {
                 Ok(_) => {
-                    sync::futex_wake(&self.word, count, ANY);
+                    if !sync::futex_wake(&self.word, count, ANY) && count == 1 {
+                        // Nobody sleeps, so the next notification need not ask the kernel. Who is just about to sleep on `next`
+                        // finds another word and returns: a spurious wake-up.
+                        let _ = self.word.compare_exchange(next, next & !WAIT, Ordering::Relaxed, Ordering::Relaxed);
+                    }
                     return;
                 }
                 Err(now) => word = now,

@@ -31,8 +31,6 @@ pub struct OnceLock<T> {
 // SAFETY: the value is written once under the mutex and read only after `state` says so (Release/Acquire): shared reads of T. It may
 // be written and dropped by another thread than the one that made it, hence Send.
 unsafe impl<T: Send + Sync> Sync for OnceLock<T> {}
-// SAFETY: owns a T and plain words.
-unsafe impl<T: Send> Send for OnceLock<T> {}
 impl<T: std::panic::RefUnwindSafe + std::panic::UnwindSafe> std::panic::RefUnwindSafe for OnceLock<T> {}
 
 impl<T> OnceLock<T> {
@@ -142,3 +140,17 @@ impl<T> From<T> for OnceLock<T> {
         OnceLock { state: AtomicU32::new(DONE), mutex: WordMutex::new(), value: UnsafeCell::new(Some(value)) }
     }
 }
+
+impl<T: Clone> Clone for OnceLock<T> {
+    fn clone(&self) -> Self {
+        self.get().map_or_else(Self::new, |v| Self::from(v.clone()))
+    }
+}
+
+impl<T: PartialEq> PartialEq for OnceLock<T> {
+    fn eq(&self, other: &Self) -> bool {
+        self.get() == other.get()
+    }
+}
+
+impl<T: Eq> Eq for OnceLock<T> {}

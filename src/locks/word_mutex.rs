@@ -117,6 +117,10 @@ impl WordMutex {
                 continue;
             }
             let owner = word & !WAIT;
+            if owner == me.id() && deadline.is_none() {
+                gate.leave(me, LOCK);
+                recursion();
+            }
             if gate.has_ghosts() && gate.is_ghost(owner) {
                 gate.leave(me, LOCK);
                 ghost();
@@ -167,6 +171,13 @@ impl WordMutex {
     fn word_address(&self) -> *const u32 {
         std::ptr::from_ref(&self.word).cast()
     }
+}
+
+/// Waiting would be for ever, inside a region: the lock that the thread holds already is one.
+#[cold]
+#[track_caller]
+pub(crate) fn recursion() -> ! {
+    panic!("carefork: this thread holds this lock already (or had its seat from one that ended holding it)")
 }
 
 /// Waiting would be for ever.

@@ -8,13 +8,16 @@
 //! | 0 | n | 0 | n readers |
 //! | 0 | n | 1 | n readers, one of whom may become the writer |
 //!
-//! `READERS_WAIT`, `WRITERS_WAIT` and `UPGRADER_WAITS` say that somebody may sleep; nobody is counted. Who makes the lock free (or leaves
-//! the upgradable reader alone) takes the waiting bits off and wakes everybody, who look again and set them again: no wake-up can be
-//! lost to one that gives up, at the price of a crowd. A waiting writer keeps new readers out only while somebody
-//! holds the lock and will come by to take the bit off: in a child it may be a ghost's.
+//! The waiting bits say that somebody may sleep; nobody is counted. Who makes the lock free (or leaves the upgradable reader
+//! alone) takes the bits off and wakes all readers, the upgrader and one writer. They look again, and set their bits again if
+//! they must sleep again. That one writer stands for those who sleep on: it takes the lock with `WRITERS_WAIT` set, and
+//! where it gives up it wakes the next.
+//!
+//! A waiting writer keeps new readers out only while somebody holds the lock, who will come by to take the bit off. Not
+//! where the present readers came before a fork: then the bit may be that of a thread which is not here.
 
 use crate::gate::{Gate, LOCK, Seats, Slot};
-use crate::locks::word_mutex::ghost;
+use crate::locks::word_mutex::{ghost, recursion};
 use crate::sync::{self, ANY, AtomicU32, Ordering, Wake};
 
 use Ordering::{Acquire, Relaxed, Release};
@@ -38,10 +41,17 @@ pub(crate) struct WordRw {
     born: AtomicU32,
 }
 
+/// Who sleeps, in the futex's bits.
+const READERS: u32 = 1;
+const WRITERS: u32 = 2;
+const UPGRADER: u32 = 4;
+
 /// What a thread wants of the lock.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum Want {
     Read,
+    /// Even before a waiting writer.
+    ReadAgain,
     Upgradable,
     Write,
     /// From upgradable reader to writer.
@@ -51,9 +61,17 @@ pub(crate) enum Want {
 impl Want {
     fn bit(self) -> u32 {
         match self {
-            Want::Read | Want::Upgradable => READERS_WAIT,
+            Want::Read | Want::ReadAgain | Want::Upgradable => READERS_WAIT,
             Want::Write => WRITERS_WAIT,
             Want::Upgrade => UPGRADER_WAITS,
+        }
+    }
+
+    fn sleeper(self) -> u32 {
+        match self {
+            Want::Read | Want::Upgradable => READERS,
+            Want::Write => WRITERS,
+            Want::Upgrade => UPGRADER,
         }
     }
 
@@ -63,9 +81,10 @@ impl Want {
         let (held, count) = (word & (WRITER | COUNT), word & COUNT);
         match self {
             Want::Read if word & WRITER != 0 || (count != 0 && word & (WRITERS_WAIT | UPGRADER_WAITS) != 0) => None,
+            Want::ReadAgain if word & WRITER != 0 => None,
             // More than the count can hold: as if taken.
             Want::Read | Want::Upgradable if count == COUNT => None,
-            Want::Read => Some(word + 1),
+            Want::Read | Want::ReadAgain => Some(word + 1),
             Want::Upgradable if word & (WRITER | UPGRADABLE) != 0 || (count != 0 && word & WRITERS_WAIT != 0) => None,
             Want::Upgradable => Some((word + 1) | UPGRADABLE),
             Want::Write if held != 0 => None,
@@ -167,7 +186,7 @@ impl WordRw {
     pub(crate) fn unlock_upgradable<S: Seats>(&self, gate: &Gate<S>, me: &Slot) {
         let before = self.word.fetch_sub(1 | UPGRADABLE, Release);
         if before & WAITS != 0 {
-            self.wake_all();
+            self.wake(self.take_off(WAITS));
         }
         gate.leave(me, LOCK);
     }
@@ -187,7 +206,7 @@ impl WordRw {
     /// The upgradable reader becomes a plain one.
     pub(crate) fn downgrade_upgradable(&self) {
         if self.word.fetch_and(!UPGRADABLE, Release) & WAITS != 0 {
-            self.wake_all();
+            self.wake(self.take_off(WAITS));
         }
     }
 
@@ -202,8 +221,9 @@ impl WordRw {
     /// From writer to `next`, without waiting bits.
     #[inline]
     fn hand_back(&self, next: u32) {
-        if self.word.swap(next, Release) & WAITS != 0 {
-            sync::futex_wake(&self.word, u32::MAX, ANY);
+        let before = self.word.swap(next, Release);
+        if before & WAITS != 0 {
+            self.wake(before);
         }
     }
 
@@ -211,17 +231,37 @@ impl WordRw {
     #[cold]
     fn read_ended(&self, word: u32) {
         let count = word & COUNT;
-        if count == 0 || (count == 1 && word & (UPGRADABLE | UPGRADER_WAITS) == UPGRADABLE | UPGRADER_WAITS) {
-            self.wake_all();
+        if count == 0 {
+            self.wake(self.take_off(WAITS));
+        } else if count == 1 && word & UPGRADABLE != 0 {
+            self.wake(self.take_off(UPGRADER_WAITS));
         }
     }
 
-    /// Takes the waiting bits off, then wakes everybody: who sleeps after this has set its bit again.
+    /// Takes waiting bits off; those of them that were there. Who goes to sleep after this has set its bit again.
+    fn take_off(&self, bits: u32) -> u32 {
+        self.word.fetch_and(!bits, Relaxed) & bits
+    }
+
+    /// Wakes those whose bits were taken off.
     #[cold]
-    fn wake_all(&self) {
-        if self.word.fetch_and(!WAITS, Relaxed) & WAITS != 0 {
-            sync::futex_wake(&self.word, u32::MAX, ANY);
+    fn wake(&self, bits: u32) {
+        if bits & READERS_WAIT != 0 {
+            sync::futex_wake(&self.word, u32::MAX, READERS);
         }
+        if bits & UPGRADER_WAITS != 0 {
+            sync::futex_wake(&self.word, 1, UPGRADER);
+        }
+        if bits & WRITERS_WAIT != 0 {
+            sync::futex_wake(&self.word, 1, WRITERS);
+        }
+    }
+
+    /// The end of waiting without the lock: those who stayed out because of this waiter look again, and so does a writer
+    /// whose wake-up this one may have had.
+    fn pass_on(&self, want: Want) {
+        let writer = if want == Want::Write { WRITERS_WAIT } else { 0 };
+        self.wake(self.take_off(WAITS) | writer);
     }
 
     /// Inside the region, the lock not to be had. True: inside, with the lock. False: outside and without it (an upgrader:
@@ -237,14 +277,22 @@ impl WordRw {
         deadline: Option<u64>,
     ) -> bool {
         let (bit, keeps) = (want.bit(), want == Want::Upgrade);
-        let mut looks = 0;
+        let (mut looks, mut slept) = (0, false);
         let mut suspicion: Option<u64> = None;
         loop {
-            if self.once(want, me, generation) {
+            let mut now = want;
+            if want == Want::Read && self.born.load(Relaxed) != generation {
+                now = Want::ReadAgain;
+            }
+            if self.once(now, me, generation) {
+                if slept && want == Want::Write {
+                    // Others may sleep on, and nobody else was woken in their place.
+                    self.word.fetch_or(WRITERS_WAIT, Relaxed);
+                }
                 return true;
             }
             let word = self.word.load(Relaxed);
-            if want.attempt(word, me.id()).is_some() {
+            if now.attempt(word, me.id()).is_some() {
                 continue;
             }
             if looks < LOOKS && word & WAITS == 0 {
@@ -252,38 +300,46 @@ impl WordRw {
                 sync::spin_loop();
                 continue;
             }
-            if word & bit == 0 {
-                if self.word.compare_exchange(word, word | bit, Relaxed, Relaxed).is_err() {
-                    continue;
-                }
+            if word & bit == 0
+                && self.word.compare_exchange(word, word | bit, Relaxed, Relaxed).is_err()
+            {
+                continue;
             }
             let word = word | bit;
+            if deadline.is_none() && word & WRITER != 0 && word & COUNT == me.id() {
+                gate.leave(me, LOCK);
+                recursion();
+            }
             let mut until = deadline;
             if gate.has_ghosts() && self.is_suspect(gate, word, generation, &mut suspicion, &mut until) {
-                self.wake_all();
-                if !keeps {
+                self.pass_on(want);
+                if keeps {
+                    // Unwinding ends the upgradable reader's hold too: lock_api has no guard for it any more.
+                    self.unlock_upgradable(gate, me);
+                } else {
                     gate.leave(me, LOCK);
                 }
                 ghost();
             }
+            // An upgrader holds the lock: a region, while it waits as well.
             let outside = !keeps && me.only(LOCK);
             if outside {
                 gate.leave(me, LOCK);
             } else if word & WRITER != 0 {
                 gate.waits(me, word & COUNT, self.word_address());
             }
-            let woke = sync::futex_wait(&self.word, word, ANY, until);
+            let woke = sync::futex_wait(&self.word, word, want.sleeper(), until);
+            slept = true;
             let over = woke == Wake::TimedOut && deadline.is_some_and(|d| sync::now() >= d);
             if outside {
                 if over || !gate.enter_until(me, LOCK, deadline) {
-                    // Whoever stayed out because of this waiter looks again.
-                    self.wake_all();
+                    self.pass_on(want);
                     return false;
                 }
             } else {
                 gate.waits_no_more(me);
                 if over {
-                    self.wake_all();
+                    self.pass_on(want);
                     if !keeps {
                         gate.leave(me, LOCK);
                     }
