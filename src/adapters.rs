@@ -7,6 +7,7 @@
 
 use crate::hook::{Foreign, Hook};
 use std::cell::UnsafeCell;
+use std::mem::ManuallyDrop;
 use std::ops::Deref;
 use std::sync;
 
@@ -209,7 +210,7 @@ macro_rules! lock_api_adapters {
 
             fn release_in_child(&self) {
                 // SAFETY: as in `take`. Its state goes with the value that is overwritten.
-                std::mem::forget(unsafe { &mut *self.held.get() }.take());
+                let _state = ManuallyDrop::new(unsafe { &mut *self.held.get() }.take());
                 // SAFETY: no guard of it lives in this process: this thread held it by `take`.
                 let raw = unsafe { self.lock.raw() };
                 // SAFETY: the child handler runs before the child can have another thread; a lock that could be taken is
@@ -254,7 +255,7 @@ macro_rules! lock_api_adapters {
 
             fn release_in_child(&self) {
                 // SAFETY: as in `ForMutex`.
-                std::mem::forget(unsafe { &mut *self.held.get() }.take());
+                let _state = ManuallyDrop::new(unsafe { &mut *self.held.get() }.take());
                 // SAFETY: as in `ForMutex`.
                 let raw = unsafe { self.lock.raw() };
                 // SAFETY: as in `ForMutex`.
@@ -275,8 +276,7 @@ macro_rules! lock_api_adapters {
         {
             fn take(&self) -> bool {
                 // The hold goes on without the guard: `release` ends it.
-                #[allow(clippy::mem_forget)]
-                self.lock.try_lock().map(std::mem::forget).is_some()
+                self.lock.try_lock().map(ManuallyDrop::new).is_some()
             }
 
             fn release(&self) {
@@ -293,8 +293,7 @@ macro_rules! lock_api_adapters {
                     // SAFETY: as in `ForMutex`: no other thread, and this one is in no method of it.
                     unsafe { overwrite(raw, R::INIT) };
                     // Free, so this takes it; it has no state to keep.
-                    #[allow(clippy::mem_forget)]
-                    std::mem::forget(try_mutex(raw));
+                    let _state = ManuallyDrop::new(try_mutex(raw));
                 }
                 self.release();
             }
@@ -304,7 +303,7 @@ macro_rules! lock_api_adapters {
 
 /// lock_api 0.5: locking gives a value that unlocking wants.
 mod current {
-    use super::{Deref, Foreign, UnsafeCell, overwrite};
+    use super::{Deref, Foreign, ManuallyDrop, UnsafeCell, overwrite};
     use lock_api::{GetThreadId, Mutex, RawMutex, RawRwLock, ReentrantMutex, RwLock};
 
     pub(super) type MutexState<R> = <R as RawMutex>::Guard;
@@ -395,7 +394,7 @@ impl Hook {
 /// lock_api 0.4: the same without the value.
 #[cfg(feature = "parking_lot_0_12")]
 mod v0_4 {
-    use super::{Deref, Foreign, UnsafeCell, overwrite};
+    use super::{Deref, Foreign, ManuallyDrop, UnsafeCell, overwrite};
     use lock_api_0_4::{GetThreadId, Mutex, RawMutex, RawRwLock, ReentrantMutex, RwLock};
     use std::marker::PhantomData;
 
