@@ -6,7 +6,7 @@
 use crate::care_table;
 use crate::care_table::{Kind, TABLE};
 use crate::region::{NoForking, no_forking};
-use crate::sys;
+use crate::{runtime, sys};
 use std::fmt;
 use std::io;
 use std::mem::ManuallyDrop;
@@ -216,6 +216,9 @@ impl NoForking {
     /// As for [`CareFd::new`].
     pub fn care_on<T: AsFd + Into<OwnedFd>>(&self, on: OnFork, value: T) -> Result<CareFd<T>, AdoptError<T>> {
         let fd = value.as_fd().as_raw_fd();
+        if on == OnFork::Close {
+            runtime::will_close_at_fork();
+        }
         let registered = sys::set_cloexec(fd).and_then(|()| TABLE.register(fd, on.kind()));
         match registered {
             Ok(stamp) => Ok(CareFd { value: ManuallyDrop::new(value), fd, stamp }),

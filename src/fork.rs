@@ -13,7 +13,7 @@ use crate::{care_table, clock, stdio, sys};
 use std::io::Write;
 use std::os::fd::{AsRawFd, IntoRawFd};
 use std::panic::{AssertUnwindSafe, catch_unwind};
-use std::sync::atomic::{AtomicU32, Ordering::Relaxed};
+use std::sync::atomic::Ordering::Relaxed;
 
 /// The two sides of a fork.
 #[derive(Debug)]
@@ -132,7 +132,6 @@ impl ForkOptions<'_> {
     /// # Safety
     /// As for `fork`.
     unsafe fn fork_ready(&self, ready: Ready) -> Result<Fork, ForkError> {
-        static TICKETS: AtomicU32 = AtomicU32::new(1);
         runtime::generation();
         let me = runtime::me();
         if runtime::in_fork() {
@@ -155,7 +154,7 @@ impl ForkOptions<'_> {
             mask: None,
         };
         loop {
-            request.ticket = TICKETS.fetch_add(1, Relaxed);
+            request.ticket = runtime::next_ticket();
             request.let_go_at = Some(let_go_at(request.deadline));
             // SAFETY: the caller's promise.
             let end = unsafe { once(me, &mut request) };

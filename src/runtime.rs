@@ -35,10 +35,13 @@ struct State {
     /// What this process's memory went through, all generations together.
     dirty: AtomicBool,
     bypassed: AtomicBool,
+    /// A care-fd that every child closes was registered once: the registry has something to look for.
+    closes_at_fork: AtomicBool,
     /// The budget of foreign forks in ns; `u64::MAX` is never (G6).
     foreign_budget: AtomicU64,
     count: Counters,
     verdicts: Pages,
+    tickets: AtomicU32,
     gate: Gate<SlotTable>,
 }
 
@@ -51,6 +54,7 @@ static STATE: State = State {
     off: AtomicBool::new(false),
     dirty: AtomicBool::new(false),
     bypassed: AtomicBool::new(false),
+    closes_at_fork: AtomicBool::new(false),
     foreign_budget: AtomicU64::new(5_000_000_000),
     count: Counters {
         forks: AtomicU64::new(0),
@@ -62,6 +66,7 @@ static STATE: State = State {
         unreported: AtomicU64::new(0),
     },
     verdicts: Pages::new(),
+    tickets: AtomicU32::new(1),
     gate: Gate::new(SlotTable::new()),
 };
 
@@ -112,6 +117,8 @@ struct Passage {
     /// Forks that a hook or another library's handler made while this one was under way.
     nested: u32,
     errno: i32,
+    /// Where errno is: a child that asks libc for it touches another page of code.
+    errno_at: *mut i32,
     /// Something was left out: budget, veto.
     dirty: bool,
     /// The mask from before, while signals are blocked.
@@ -125,6 +132,7 @@ impl Passage {
         stage: Stage::None,
         nested: 0,
         errno: 0,
+        errno_at: std::ptr::null_mut(),
         dirty: false,
         mask: None,
         request: std::ptr::null_mut(),
@@ -159,6 +167,16 @@ pub(crate) fn hooks() -> &'static HookList<Registered> {
 
 pub(crate) fn count() -> &'static Counters {
     &STATE.count
+}
+
+/// Before the first registration of its kind.
+pub(crate) fn will_close_at_fork() {
+    STATE.closes_at_fork.store(true, Relaxed);
+}
+
+/// Names a coordinated fork in its verdict word.
+pub(crate) fn next_ticket() -> u32 {
+    STATE.tickets.fetch_add(1, Relaxed)
 }
 
 pub(crate) fn verdicts() -> &'static Pages {
@@ -450,6 +468,7 @@ extern "C" fn on_prepare() {
         return;
     }
     passage.errno = sys::errno();
+    passage.errno_at = sys::errno_place();
     passage.stage = Stage::Working;
     let Some(me) = try_me() else {
         passage.stage = Stage::Dirty;
@@ -590,7 +609,8 @@ extern "C" fn on_child() {
     // SAFETY: as in `on_prepare`; the request is this child's copy of the forking thread's stack.
     let request = unsafe { passage.request.cast::<Request>().as_mut() };
     pass_mask(passage, request, true);
-    sys::set_errno(errno);
+    // SAFETY: `on_prepare` stored this thread's own errno location, and the child's one thread has it at the same address.
+    unsafe { *passage.errno_at = errno };
 }
 
 /// What `on_child` does, whichever handler of the child comes first.
@@ -633,7 +653,9 @@ fn become_child(passage: &mut Passage) {
     } else {
         STATE.hooks.reset();
     }
-    care_table::close_at_fork();
+    if STATE.closes_at_fork.load(Relaxed) {
+        care_table::close_at_fork();
+    }
     if let Some(me) = me {
         me.set_entered(false);
     }

@@ -22,6 +22,12 @@ pub(crate) fn errno() -> i32 {
     unsafe { *libc::__errno_location() }
 }
 
+/// Where the calling thread's errno is, for as long as the thread lives, its copy in a child included.
+pub(crate) fn errno_place() -> *mut i32 {
+    // SAFETY: no arguments.
+    unsafe { libc::__errno_location() }
+}
+
 pub(crate) fn set_errno(e: i32) {
     // SAFETY: as in `errno`.
     unsafe { *libc::__errno_location() = e }
@@ -39,6 +45,52 @@ fn retry(mut f: impl FnMut() -> libc::c_long) -> io::Result<libc::c_long> {
             r => return r,
         }
     }
+}
+
+// -- without libc
+
+/// A system call by hand: the kernel's answer, `-errno` where it fails; errno itself stays as it is. The fork path uses it because
+/// each page of libc's code that a fresh child touches costs it a page fault.
+///
+/// # Safety
+/// As for the call.
+#[cfg(target_arch = "x86_64")]
+#[inline]
+unsafe fn raw(number: libc::c_long, a: [usize; 6]) -> isize {
+    let answer: isize;
+    // SAFETY: the kernel's convention for x86_64: number and answer in rax, rcx and r11 lost. What the call does to memory is
+    // the caller's.
+    unsafe {
+        std::arch::asm!(
+            "syscall",
+            inlateout("rax") number as isize => answer,
+            in("rdi") a[0], in("rsi") a[1], in("rdx") a[2], in("r10") a[3], in("r8") a[4], in("r9") a[5],
+            lateout("rcx") _, lateout("r11") _,
+            options(nostack),
+        );
+    }
+    answer
+}
+
+/// As above.
+///
+/// # Safety
+/// As for the call.
+#[cfg(target_arch = "aarch64")]
+#[inline]
+unsafe fn raw(number: libc::c_long, a: [usize; 6]) -> isize {
+    let answer: isize;
+    // SAFETY: the kernel's convention for aarch64: number in x8, answer in x0.
+    unsafe {
+        std::arch::asm!(
+            "svc 0",
+            in("x8") number,
+            inlateout("x0") a[0] as isize => answer,
+            in("x1") a[1], in("x2") a[2], in("x3") a[3], in("x4") a[4], in("x5") a[5],
+            options(nostack),
+        );
+    }
+    answer
 }
 
 // -- time and sleep
@@ -59,23 +111,13 @@ fn timespec(ns: u64) -> libc::timespec {
 
 /// FUTEX_WAIT_BITSET on a private futex; `relative` in ns. EINTR, EAGAIN and time-out all mean: look again.
 pub(crate) fn futex_wait(word: &AtomicU32, expected: u32, bits: u32, relative: Option<u64>) {
-    keep_errno(|| {
-        // WAIT_BITSET takes an absolute time of CLOCK_MONOTONIC.
-        let until = relative.map(|ns| timespec(monotonic().saturating_add(ns)));
-        let until = until.as_ref().map_or(std::ptr::null(), std::ptr::from_ref);
-        // SAFETY: `word` and `until` are live for the call; the kernel only reads them.
-        unsafe {
-            libc::syscall(
-                libc::SYS_futex,
-                word.as_ptr(),
-                libc::FUTEX_WAIT_BITSET | libc::FUTEX_PRIVATE_FLAG,
-                expected,
-                until,
-                std::ptr::null::<u32>(),
-                bits,
-            )
-        };
-    });
+    // WAIT_BITSET takes an absolute time of CLOCK_MONOTONIC.
+    let until = relative.map(|ns| timespec(monotonic().saturating_add(ns)));
+    let until = until.as_ref().map_or(std::ptr::null(), std::ptr::from_ref);
+    let op = libc::FUTEX_WAIT_BITSET | libc::FUTEX_PRIVATE_FLAG;
+    let a = [word.as_ptr() as usize, op as usize, expected as usize, until as usize, 0, bits as usize];
+    // SAFETY: `word` and `until` are live for the call; the kernel only reads them.
+    unsafe { raw(libc::SYS_futex, a) };
 }
 
 /// Wakes at most `count` sleepers whose bits meet `bits`; how many it woke.
@@ -85,22 +127,11 @@ pub(crate) fn futex_wake(word: &AtomicU32, count: u32, bits: u32) -> usize {
 
 /// The same by address; the address is only a name here, the kernel finds out whether it is mapped.
 pub(crate) fn futex_wake_at(word: *const u32, count: u32, bits: u32) -> usize {
-    keep_errno(|| {
-        let count = i32::try_from(count).unwrap_or(i32::MAX);
-        // SAFETY: FUTEX_WAKE does not read or write the word; an unmapped address is EFAULT.
-        let n = unsafe {
-            libc::syscall(
-                libc::SYS_futex,
-                word,
-                libc::FUTEX_WAKE_BITSET | libc::FUTEX_PRIVATE_FLAG,
-                count,
-                std::ptr::null::<u32>(),
-                std::ptr::null::<u32>(),
-                bits,
-            )
-        };
-        usize::try_from(n).unwrap_or(0)
-    })
+    let op = libc::FUTEX_WAKE_BITSET | libc::FUTEX_PRIVATE_FLAG;
+    let count = i32::try_from(count).unwrap_or(i32::MAX);
+    // SAFETY: FUTEX_WAKE does not read or write the word; an unmapped address is EFAULT.
+    let n = unsafe { raw(libc::SYS_futex, [word as usize, op as usize, count as usize, 0, 0, bits as usize]) };
+    usize::try_from(n).unwrap_or(0)
 }
 
 /// FUTEX_WAIT/WAKE across processes, for a word in shared memory.
@@ -130,11 +161,11 @@ const MEMBARRIER_PRIVATE_EXPEDITED: i32 = 1 << 3;
 const MEMBARRIER_REGISTER_PRIVATE_EXPEDITED: i32 = 1 << 4;
 
 fn membarrier_call(command: i32) -> Result<(), i32> {
-    keep_errno(|| {
-        // SAFETY: membarrier takes integers only.
-        let r = unsafe { libc::syscall(libc::SYS_membarrier, command, 0, 0) };
-        if r == 0 { Ok(()) } else { Err(errno()) }
-    })
+    // SAFETY: membarrier takes integers only.
+    match unsafe { raw(libc::SYS_membarrier, [command as usize, 0, 0, 0, 0, 0]) } {
+        0 => Ok(()),
+        e => Err(-e as i32),
+    }
 }
 
 pub(crate) fn membarrier_register() -> bool {
@@ -238,7 +269,7 @@ pub(crate) fn say(line: &[u8]) -> bool {
 
 pub(crate) fn gettid() -> u32 {
     // SAFETY: no arguments, cannot fail.
-    keep_errno(|| unsafe { libc::syscall(libc::SYS_gettid) }) as u32
+    unsafe { raw(libc::SYS_gettid, [0; 6]) as u32 }
 }
 
 pub(crate) fn getpid() -> u32 {
@@ -270,24 +301,28 @@ pub(crate) fn thread_name() -> [u8; 16] {
 
 // -- signals
 
-pub(crate) type SigSet = libc::sigset_t;
+/// The kernel's own form: signal n is bit n - 1.
+pub(crate) type SigSet = u64;
+
+/// Signals that libc keeps for itself (cancellation, setuid and its like in all threads; musl has one more).
+const LIBC_OWN: SigSet = if cfg!(target_env = "musl") { 0b111 << 31 } else { 0b11 << 31 };
+
+fn sigprocmask(new: &SigSet, old: Option<&mut SigSet>) {
+    let old = old.map_or(std::ptr::null_mut(), std::ptr::from_mut);
+    let a = [libc::SIG_SETMASK as usize, std::ptr::from_ref(new) as usize, old as usize, size_of::<SigSet>(), 0, 0];
+    // SAFETY: `new` and `old` are live and of the kernel's size; with these arguments the call cannot fail.
+    unsafe { raw(libc::SYS_rt_sigprocmask, a) };
+}
 
 /// Blocks every signal (but those libc keeps for itself) in this thread; the mask from before.
 pub(crate) fn block_all() -> SigSet {
-    // SAFETY: sigset_t is plain bits, all-zero is a value of it.
-    let mut all: SigSet = unsafe { std::mem::zeroed() };
-    // SAFETY: as above.
-    let mut before: SigSet = unsafe { std::mem::zeroed() };
-    // SAFETY: `all` is a live sigset_t.
-    unsafe { libc::sigfillset(&mut all) };
-    // SAFETY: both are live sigset_t. pthread_sigmask returns its error and leaves errno; with these arguments there is none.
-    unsafe { libc::pthread_sigmask(libc::SIG_SETMASK, &all, &mut before) };
+    let mut before = 0;
+    sigprocmask(&!LIBC_OWN, Some(&mut before));
     before
 }
 
 pub(crate) fn set_mask(mask: &SigSet) {
-    // SAFETY: `mask` is a live sigset_t.
-    unsafe { libc::pthread_sigmask(libc::SIG_SETMASK, mask, std::ptr::null_mut()) };
+    sigprocmask(mask, None);
 }
 
 // -- descriptors
@@ -429,16 +464,9 @@ struct KernelAction {
 
 pub(crate) fn default_disposition(signal: i32) {
     static DEFAULT: KernelAction = KernelAction { handler: libc::SIG_DFL, flags: 0, restorer: 0, mask: 0 };
+    let a = [signal as usize, &raw const DEFAULT as usize, 0, size_of::<SigSet>(), 0, 0];
     // SAFETY: DEFAULT is what the kernel expects on x86_64 and aarch64, and a default disposition runs no code of ours.
-    unsafe {
-        libc::syscall(
-            libc::SYS_rt_sigaction,
-            signal,
-            &raw const DEFAULT,
-            std::ptr::null_mut::<KernelAction>(),
-            size_of::<u64>(),
-        )
-    };
+    unsafe { raw(libc::SYS_rt_sigaction, a) };
 }
 
 extern "C" fn do_nothing(_: i32) {}
@@ -454,22 +482,11 @@ pub(crate) fn ignore_by_handler(signal: i32) {
 }
 
 pub(crate) fn mask_of(signals: &[i32]) -> SigSet {
-    // SAFETY: sigset_t is plain bits; all-zero is the empty set.
-    let mut set: SigSet = unsafe { std::mem::zeroed() };
-    for &s in signals {
-        // SAFETY: `set` is live; a bad number is refused.
-        unsafe { libc::sigaddset(&mut set, s) };
-    }
-    set
+    signals.iter().fold(0, |set, s| set | 1 << (s - 1)) & !LIBC_OWN
 }
 
 pub(crate) fn mask_without(mask: &SigSet, signals: &[i32]) -> SigSet {
-    let mut set = *mask;
-    for &s in signals {
-        // SAFETY: as in `mask_of`.
-        unsafe { libc::sigdelset(&mut set, s) };
-    }
-    set
+    mask & !mask_of(signals)
 }
 
 pub(crate) fn raise_at_self(signal: i32) {

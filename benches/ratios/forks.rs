@@ -134,7 +134,7 @@ fn neighbours(n: i32) -> Vec<OwnedFd> {
 }
 
 /// The process at the other end: `setup` once, then a line in, a number out.
-pub fn serve() {
+pub(crate) fn serve() {
     static STOP: AtomicBool = AtomicBool::new(false);
     static READY: AtomicU32 = AtomicU32::new(0);
     let setup = std::env::args().nth(2).unwrap();
@@ -210,7 +210,7 @@ pub fn serve() {
     }
 }
 
-pub fn rows(wanted: &dyn Fn(&str) -> bool) {
+pub(crate) fn rows(wanted: &dyn Fn(&str) -> bool) {
     let pair = |what: &str, ours: (bool, &str, &str), rival: (bool, &str, &str), limit: f64| {
         if !wanted(what) {
             return;
@@ -258,7 +258,10 @@ pub fn rows(wanted: &dyn Fn(&str) -> bool) {
         if wanted(&what) {
             let (mut a, mut b) = (Server::start(false, &care), Server::start(true, &bare));
             let (ours, rival, _) = turns(11, || a.ask("cleanup faults"), || b.ask("range faults"));
-            println!("| {what} | {ours} | {rival} (close_range) | | the registry's own pages: {} | |", (n * 4 + 4095) / 4096);
+            println!(
+                "| {what} | {ours} | {rival} (close_range) | | the registry's own pages: {} | |",
+                (n * 4 + 4095) / 4096
+            );
         }
     }
 }

@@ -3,19 +3,19 @@
 use std::time::Instant;
 
 /// CPU time of the calling thread in ns.
-pub fn cpu() -> u64 {
+pub(crate) fn cpu() -> u64 {
     let mut t = libc::timespec { tv_sec: 0, tv_nsec: 0 };
     unsafe { libc::clock_gettime(libc::CLOCK_THREAD_CPUTIME_ID, &mut t) };
     t.tv_sec as u64 * 1_000_000_000 + t.tv_nsec as u64
 }
 
-pub fn median(mut v: Vec<f64>) -> f64 {
+pub(crate) fn median(mut v: Vec<f64>) -> f64 {
     v.sort_by(f64::total_cmp);
     v[v.len() / 2]
 }
 
 /// `a` and `b` in turn, `rounds` times; the median of each, and of the ratios of the pairs.
-pub fn turns(rounds: usize, mut a: impl FnMut() -> f64, mut b: impl FnMut() -> f64) -> (f64, f64, f64) {
+pub(crate) fn turns(rounds: usize, mut a: impl FnMut() -> f64, mut b: impl FnMut() -> f64) -> (f64, f64, f64) {
     a();
     b();
     let (mut va, mut vb, mut ratios) = (Vec::new(), Vec::new(), Vec::new());
@@ -34,13 +34,13 @@ pub fn turns(rounds: usize, mut a: impl FnMut() -> f64, mut b: impl FnMut() -> f
     (median(va), median(vb), median(ratios))
 }
 
-pub fn row(what: &str, (ours, rival, ratio): (f64, f64, f64), unit: &str, limit: f64) {
+pub(crate) fn row(what: &str, (ours, rival, ratio): (f64, f64, f64), unit: &str, limit: f64) {
     let verdict = if ratio <= limit { "reached" } else { "**missed**" };
     println!("| {what} | {ours:.1} {unit} | {rival:.1} {unit} | {ratio:.3} | ≤ {limit} | {verdict} |");
 }
 
 /// CPU ns for each of `n` calls of `f` on each of `threads` threads, summed over the threads and divided by the calls.
-pub fn on_threads<F: Fn(usize, u32) + Sync>(threads: usize, n: u32, f: F) -> f64 {
+pub(crate) fn on_threads<F: Fn(usize, u32) + Sync>(threads: usize, n: u32, f: F) -> f64 {
     let start = std::sync::Barrier::new(threads);
     let total: u64 = std::thread::scope(|s| {
         let handles: Vec<_> = (0..threads)
@@ -61,7 +61,7 @@ pub fn on_threads<F: Fn(usize, u32) + Sync>(threads: usize, n: u32, f: F) -> f64
 }
 
 /// Wall ns for each of the calls, all threads together.
-pub fn wall_on_threads<F: Fn(usize, u32) + Sync>(threads: usize, n: u32, f: F) -> f64 {
+pub(crate) fn wall_on_threads<F: Fn(usize, u32) + Sync>(threads: usize, n: u32, f: F) -> f64 {
     let t = Instant::now();
     std::thread::scope(|s| {
         for i in 0..threads {

@@ -41,12 +41,10 @@ impl List {
 
 fn open_null() -> OwnedFd {
     use std::os::fd::FromRawFd;
-    unsafe {
-        OwnedFd::from_raw_fd(libc::open(c"/dev/null".as_ptr(), libc::O_RDWR | libc::O_CLOEXEC))
-    }
+    unsafe { OwnedFd::from_raw_fd(libc::open(c"/dev/null".as_ptr(), libc::O_RDWR | libc::O_CLOEXEC)) }
 }
 
-pub fn rows(wanted: &dyn Fn(&str) -> bool) {
+pub(crate) fn rows(wanted: &dyn Fn(&str) -> bool) {
     let pl = parking_lot::Mutex::new(0u64);
     for (threads, limit) in [(1, 0.45), (8, 0.25)] {
         let what = format!("region enter+leave, {threads} threads, against parking_lot::Mutex");
@@ -108,12 +106,24 @@ pub fn rows(wanted: &dyn Fn(&str) -> bool) {
                 21,
                 || {
                     on_threads(1, n, |_, n| {
-                        (0..n).for_each(|_| if write { *ours.write() += 1 } else { black_box(*ours.read()); })
+                        (0..n).for_each(|_| {
+                            if write {
+                                *ours.write() += 1
+                            } else {
+                                black_box(*ours.read());
+                            }
+                        })
                     })
                 },
                 || {
                     on_threads(1, n, |_, n| {
-                        (0..n).for_each(|_| if write { *theirs.write() += 1 } else { black_box(*theirs.read()); })
+                        (0..n).for_each(|_| {
+                            if write {
+                                *theirs.write() += 1
+                            } else {
+                                black_box(*theirs.read());
+                            }
+                        })
                     })
                 },
             );
@@ -146,6 +156,9 @@ pub fn rows(wanted: &dyn Fn(&str) -> bool) {
     if wanted(what) {
         let extra = size_of::<CareFd<OwnedFd>>() - size_of::<OwnedFd>();
         let verdict = if extra <= 8 { "reached" } else { "**missed**" };
-        println!("| {what} | {extra} bytes | 32 bytes (libxl, heap) | {:.2} | ≤ 8 bytes | {verdict} |", extra as f64 / 32.0);
+        println!(
+            "| {what} | {extra} bytes | 32 bytes (libxl, heap) | {:.2} | ≤ 8 bytes | {verdict} |",
+            extra as f64 / 32.0
+        );
     }
 }

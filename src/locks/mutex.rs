@@ -4,7 +4,7 @@
 
 use super::word_mutex::WordMutex;
 use super::{deadline_after, deadline_at};
-use crate::gate::Slot;
+use crate::gate::{LOCK, Slot};
 use crate::region::record;
 use crate::runtime::{gate, me};
 use std::marker::PhantomData;
@@ -64,6 +64,16 @@ impl Held {
     }
 }
 
+/// After an attempt that succeeded.
+#[inline(always)]
+#[track_caller]
+pub(super) fn held(me: &'static Slot) -> Held {
+    if me.only(LOCK) {
+        record(me);
+    }
+    Held::new(me)
+}
+
 /// The raw lock under [`Mutex`], for `lock_api`'s generic types. Dropping it locked is safe.
 #[derive(Debug)]
 pub struct RawMutex {
@@ -90,10 +100,7 @@ unsafe impl lock_api::RawMutex for RawMutex {
     #[track_caller]
     fn try_lock(&self) -> Option<Held> {
         let me = me();
-        self.word.try_lock(gate(), me).then(|| {
-            record(me);
-            Held::new(me)
-        })
+        self.word.try_lock(gate(), me).then(|| held(me))
     }
 
     #[inline]
@@ -115,18 +122,12 @@ unsafe impl lock_api::RawMutexTimed for RawMutex {
     #[track_caller]
     fn try_lock_for(&self, timeout: Duration) -> Option<Held> {
         let me = me();
-        self.word.lock_until(gate(), me, deadline_after(timeout)).then(|| {
-            record(me);
-            Held::new(me)
-        })
+        self.word.lock_until(gate(), me, deadline_after(timeout)).then(|| held(me))
     }
 
     #[track_caller]
     fn try_lock_until(&self, timeout: Instant) -> Option<Held> {
         let me = me();
-        self.word.lock_until(gate(), me, deadline_at(timeout)).then(|| {
-            record(me);
-            Held::new(me)
-        })
+        self.word.lock_until(gate(), me, deadline_at(timeout)).then(|| held(me))
     }
 }

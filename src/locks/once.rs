@@ -59,6 +59,9 @@ impl<T> OnceLock<T> {
     ///
     /// # Errors
     /// `value` itself, if there was one already.
+    ///
+    /// # Panics
+    /// Inside this cell's own initialiser.
     #[track_caller]
     pub fn set(&self, value: T) -> Result<(), T> {
         let mut value = Some(value);

@@ -2,7 +2,7 @@
 
 #![allow(unsafe_code)]
 
-use super::mutex::Held;
+use super::mutex::{Held, held};
 use super::word_rw::{Want, WordRw};
 use super::{deadline_after, deadline_at};
 use crate::region::record;
@@ -61,19 +61,13 @@ impl RawRwLock {
     #[track_caller]
     fn try_lock(&self, want: Want) -> Option<Held> {
         let me = me();
-        self.word.try_lock(gate(), me, want, generation_here()).then(|| {
-            record(me);
-            Held::new(me)
-        })
+        self.word.try_lock(gate(), me, want, generation_here()).then(|| held(me))
     }
 
     #[track_caller]
     fn lock_until(&self, want: Want, deadline: u64) -> Option<Held> {
         let me = me();
-        self.word.lock_until(gate(), me, want, generation_here(), deadline).then(|| {
-            record(me);
-            Held::new(me)
-        })
+        self.word.lock_until(gate(), me, want, generation_here(), deadline).then(|| held(me))
     }
 }
 

@@ -111,9 +111,7 @@ impl WordMutex {
                 sync::spin_loop();
                 continue;
             }
-            if word & WAIT == 0
-                && self.word.compare_exchange(word, word | WAIT, Relaxed, Relaxed).is_err()
-            {
+            if word & WAIT == 0 && self.word.compare_exchange(word, word | WAIT, Relaxed, Relaxed).is_err() {
                 continue;
             }
             let owner = word & !WAIT;

@@ -18,7 +18,7 @@
 
 use crate::gate::{Gate, LOCK, Seats, Slot};
 use crate::locks::word_mutex::{ghost, recursion};
-use crate::sync::{self, ANY, AtomicU32, Ordering, Wake};
+use crate::sync::{self, AtomicU32, Ordering, Wake};
 
 use Ordering::{Acquire, Relaxed, Release};
 
@@ -69,7 +69,7 @@ impl Want {
 
     fn sleeper(self) -> u32 {
         match self {
-            Want::Read | Want::Upgradable => READERS,
+            Want::Read | Want::ReadAgain | Want::Upgradable => READERS,
             Want::Write => WRITERS,
             Want::Upgrade => UPGRADER,
         }
@@ -83,7 +83,7 @@ impl Want {
             Want::Read if word & WRITER != 0 || (count != 0 && word & (WRITERS_WAIT | UPGRADER_WAITS) != 0) => None,
             Want::ReadAgain if word & WRITER != 0 => None,
             // More than the count can hold: as if taken.
-            Want::Read | Want::Upgradable if count == COUNT => None,
+            Want::Read | Want::ReadAgain | Want::Upgradable if count == COUNT => None,
             Want::Read | Want::ReadAgain => Some(word + 1),
             Want::Upgradable if word & (WRITER | UPGRADABLE) != 0 || (count != 0 && word & WRITERS_WAIT != 0) => None,
             Want::Upgradable => Some((word + 1) | UPGRADABLE),
@@ -159,13 +159,7 @@ impl WordRw {
     }
 
     /// The calling upgradable reader becomes the writer, or gives up at `deadline` and stays what it was.
-    pub(crate) fn upgrade<S: Seats>(
-        &self,
-        gate: &Gate<S>,
-        me: &Slot,
-        generation: u32,
-        deadline: Option<u64>,
-    ) -> bool {
+    pub(crate) fn upgrade<S: Seats>(&self, gate: &Gate<S>, me: &Slot, generation: u32, deadline: Option<u64>) -> bool {
         self.try_upgrade(me) || self.slow(gate, me, Want::Upgrade, generation, deadline)
     }
 
@@ -268,14 +262,7 @@ impl WordRw {
     /// inside, still a reader).
     #[cold]
     #[inline(never)]
-    fn slow<S: Seats>(
-        &self,
-        gate: &Gate<S>,
-        me: &Slot,
-        want: Want,
-        generation: u32,
-        deadline: Option<u64>,
-    ) -> bool {
+    fn slow<S: Seats>(&self, gate: &Gate<S>, me: &Slot, want: Want, generation: u32, deadline: Option<u64>) -> bool {
         let (bit, keeps) = (want.bit(), want == Want::Upgrade);
         let (mut looks, mut slept) = (0, false);
         let mut suspicion: Option<u64> = None;
@@ -300,9 +287,7 @@ impl WordRw {
                 sync::spin_loop();
                 continue;
             }
-            if word & bit == 0
-                && self.word.compare_exchange(word, word | bit, Relaxed, Relaxed).is_err()
-            {
+            if word & bit == 0 && self.word.compare_exchange(word, word | bit, Relaxed, Relaxed).is_err() {
                 continue;
             }
             let word = word | bit;
