@@ -85,9 +85,8 @@ impl ForkOptions<'_> {
     /// # Safety
     /// As for [`fork`].
     pub unsafe fn fork(&self) -> Result<Fork, ForkError> {
-        let ready = self.ready()?;
         // SAFETY: the caller's promise.
-        let outcome = unsafe { self.fork_ready(ready) };
+        let outcome = self.ready().and_then(|ready| unsafe { self.fork_ready(ready) });
         if outcome.is_err() {
             count().refused.fetch_add(1, Relaxed);
         }
@@ -126,7 +125,12 @@ impl ForkOptions<'_> {
             // Nobody to tell: a closed standard output loses what was printed to it, as in any program.
             drop(catch_unwind(|| std::io::stdout().flush()));
         }
-        sys::exit_now(code.unwrap_or(101))
+        sys::exit_now(code.unwrap_or_else(|payload| {
+            // Its destructor may panic in turn, and would unwind the parent's frames.
+            #[allow(clippy::mem_forget)]
+            std::mem::forget(payload);
+            101
+        }))
     }
 
     /// # Safety
@@ -134,7 +138,8 @@ impl ForkOptions<'_> {
     unsafe fn fork_ready(&self, ready: Ready) -> Result<Fork, ForkError> {
         runtime::generation();
         let me = runtime::me();
-        if runtime::in_fork() {
+        // The seat names the fork before carefork's own handler knows of it: other libraries' handlers come first.
+        if runtime::in_fork() || !me.request.load(Relaxed).is_null() {
             return Err(ForkError::InFork);
         }
         if me.in_guard() && !runtime::is_off() {
