@@ -5,7 +5,6 @@
 use crate::error::NotAChild;
 use crate::{care_table, hook, runtime};
 use std::os::fd::RawFd;
-use std::sync::atomic::{AtomicU64, Ordering::SeqCst};
 
 /// What a clean-up did.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
@@ -22,9 +21,6 @@ pub struct Cleanup {
     /// This process had been cleaned up before: nothing was done.
     pub already: bool,
 }
-
-/// The generation whose clean-up was done.
-static DONE: AtomicU64 = AtomicU64::new(0);
 
 /// Cleans up in a child made by foreign code (`fork` of a C library) that goes on without exec: closes the care-fds, runs the
 /// hooks' clean-ups. Children of [`fork`](crate::fork) use [`InChild::cleanup`](crate::InChild::cleanup).
@@ -50,8 +46,7 @@ pub unsafe fn postfork_child_noexec() -> Result<Cleanup, NotAChild> {
 
 /// `keep` is sorted.
 pub(crate) fn run(keep: &[RawFd]) -> Cleanup {
-    let generation = runtime::generation();
-    if DONE.swap(generation, SeqCst) == generation {
+    if !runtime::first_clean_up() {
         return Cleanup { already: true, ..Cleanup::default() };
     }
     let (closed, kept) = care_table::clean_up(keep);

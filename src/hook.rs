@@ -279,7 +279,7 @@ pub(crate) fn prepare(
         })),
         Prepare::Trial(f) => catch_unwind(AssertUnwindSafe(f)),
     };
-    report.veto = match refusal {
+    let veto = match refusal {
         Ok(Ok(())) => return Step::Prepared,
         Ok(Err(veto)) => Some(veto.0),
         Err(payload) => {
@@ -290,6 +290,9 @@ pub(crate) fn prepare(
             None
         }
     };
+    // Nor is freeing what another hook said before: a foreign fork goes on to the next.
+    #[allow(clippy::mem_forget)]
+    std::mem::forget(std::mem::replace(&mut report.veto, veto));
     report.hook = Some(hook.name);
     *vetoed = true;
     if coordinated {
@@ -347,6 +350,9 @@ pub(crate) fn call(hook: &Registered, phase: Phase) {
 
 /// Runs the clean-ups in a noexec child, by falling rank; how many, and how many of them panicked.
 pub(crate) fn clean_up() -> (usize, usize) {
+    if hooks().is_empty() {
+        return (0, 0);
+    }
     let me = runtime::me();
     let mut found = Vec::new();
     let mask = sys::block_all();

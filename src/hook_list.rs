@@ -137,6 +137,11 @@ impl<T> HookList<T> {
         self.leaving.load(Relaxed) != 0
     }
 
+    /// No hook was ever registered, or all have left and were unlinked.
+    pub(crate) fn is_empty(&self) -> bool {
+        self.head.load(Relaxed).is_null() && self.pending.load(Relaxed).is_null()
+    }
+
     /// There is something for `settle` or `collect` to do.
     pub(crate) fn has_leftovers(&self) -> bool {
         !self.pending.load(Relaxed).is_null() || !self.garbage.load(Relaxed).is_null()
@@ -184,9 +189,10 @@ impl<T> HookList<T> {
                 return;
             }
             let before = self.progress.load(Relaxed);
-            self.progress.store(n.key, SeqCst);
+            // The fence orders both, and pairs with the one in `leave`.
+            self.progress.store(n.key, Relaxed);
             fence(SeqCst);
-            if n.gone.load(SeqCst) != 0 {
+            if n.gone.load(Acquire) != 0 {
                 self.fell(before);
                 self.unlink(n);
                 return;

@@ -29,6 +29,8 @@ struct State {
     alive: AtomicPtr<AtomicU32>,
     /// How often this line of processes has forked; copied to children, who add one.
     generation: AtomicU64,
+    /// The generation whose clean-up was done.
+    cleaned: AtomicU64,
     start: AtomicU32,
     key: AtomicU32,
     off: AtomicBool,
@@ -49,6 +51,7 @@ static STATE: State = State {
     hooks: HookList::new(),
     alive: AtomicPtr::new(&raw const NOT_STARTED as *mut AtomicU32),
     generation: AtomicU64::new(0),
+    cleaned: AtomicU64::new(0),
     start: AtomicU32::new(0),
     key: AtomicU32::new(u32::MAX),
     off: AtomicBool::new(false),
@@ -167,6 +170,12 @@ pub(crate) fn hooks() -> &'static HookList<Registered> {
 
 pub(crate) fn count() -> &'static Counters {
     &STATE.count
+}
+
+/// True for the first to ask in this process.
+pub(crate) fn first_clean_up() -> bool {
+    let generation = generation();
+    STATE.cleaned.swap(generation, AcqRel) != generation
 }
 
 /// Before the first registration of its kind.
@@ -520,7 +529,8 @@ fn prepare_foreign(me: &Slot, passage: &mut Passage) {
     let deadline = (budget != u64::MAX).then(|| clock::now().saturating_add(budget));
     let plan = Plan { coordinated: false, deadline, let_go_at: None, bound: FIRST_BOUND };
     let mut busy = Busy::NONE;
-    let mut report = Report::new();
+    // Not dropped: what a hook said may be on the heap, and freeing is not for here (G9). A veto against a foreign fork is rare.
+    let mut report = std::mem::ManuallyDrop::new(Report::new());
     let mut steps =
         Handlers { mask: &mut passage.mask, coordinated: false, report: &mut report, vetoed: false };
     let outcome = prepare::prepare(&STATE.gate, me, &mut steps, &plan, &mut busy);
