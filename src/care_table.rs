@@ -282,6 +282,11 @@ pub(crate) fn clean_up(keep: &[RawFd]) -> (usize, usize) {
     TABLE.close_runs(&[Kind::Cleanup, Kind::Close], in_sorted(keep), sys::close_range)
 }
 
+/// In a child whose standard streams were replaced: a care-fd that had such a number is gone. Async-signal-safe.
+pub(crate) fn forget_stdio() {
+    TABLE.close_runs(&[Kind::Cleanup, Kind::Close], |fd| fd > 2, |_, _| {});
+}
+
 /// In a child: closes every descriptor but 0, 1, 2, those in the sorted `keep`, and `also`. Async-signal-safe.
 pub(crate) fn close_all_but(keep: &[RawFd], also: Option<RawFd>) {
     let mut named = in_sorted(keep);

@@ -213,6 +213,7 @@ impl ForkOptions<'_> {
         }
         if let Some(null) = ready.null {
             sys::become_stdio(null.as_raw_fd());
+            care_table::forget_stdio();
             if null.as_raw_fd() <= libc::STDERR_FILENO {
                 // A standard stream was closed in the parent, and this is it now.
                 let _ = null.into_raw_fd();
