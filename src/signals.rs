@@ -45,6 +45,12 @@ impl Signals {
                     sys::default_disposition(s);
                 }
                 sys::ignore_by_handler(libc::SIGPIPE);
+                // posix_spawn of glibc hands libc's own on ignored: to the program that got them so, and to all below it.
+                for s in (1..=LAST).filter(|s| sys::is_libc_own(*s)) {
+                    if sys::is_ignored(s) {
+                        sys::default_disposition(s);
+                    }
+                }
             }
             Signals::List(list) => list.iter().for_each(|&s| sys::default_disposition(s)),
         }

@@ -247,6 +247,39 @@ pub(crate) fn map_wiped(len: usize) -> io::Result<(*mut libc::c_void, bool)> {
     Ok((page, nonsense != 0 && wiped == 0))
 }
 
+/// Whether this is the only copy of this library in the process: the first one maps a page at an address that only this library
+/// would choose. False if a page of ours is there already; whatever else may be there says nothing.
+pub(crate) fn is_only_copy() -> bool {
+    const PLACE: usize = 0x2c_a4ef_0000;
+    const MAGIC: u64 = u64::from_ne_bytes(*b"carefork");
+    // SAFETY: MAP_FIXED_NOREPLACE maps nothing over what is there; kernels that do not know it choose another address.
+    let p = unsafe {
+        libc::mmap(
+            PLACE as *mut libc::c_void,
+            PAGE,
+            libc::PROT_READ | libc::PROT_WRITE,
+            libc::MAP_PRIVATE | libc::MAP_ANONYMOUS | libc::MAP_NORESERVE | libc::MAP_FIXED_NOREPLACE,
+            -1,
+            0,
+        )
+    };
+    if p as usize == PLACE {
+        // SAFETY: just mapped, writable, and nobody else's.
+        unsafe { p.cast::<u64>().write(MAGIC) };
+        return true;
+    }
+    if p != libc::MAP_FAILED {
+        // SAFETY: just mapped, and known to nobody.
+        unsafe { unmap(p, PAGE) };
+    }
+    let mut found = 0u64;
+    let into = libc::iovec { iov_base: (&raw mut found).cast(), iov_len: size_of::<u64>() };
+    let from = libc::iovec { iov_base: PLACE as *mut libc::c_void, iov_len: size_of::<u64>() };
+    // SAFETY: the kernel copies, and says EFAULT where nothing can be read; `found` is live.
+    unsafe { libc::process_vm_readv(libc::getpid(), &into, 1, &from, 1, 0) };
+    found != MAGIC
+}
+
 // -- the world
 
 /// Whether the environment holds `name=value`. Reads the strings the process was started with or set since; at start only.
@@ -467,6 +500,18 @@ pub(crate) fn default_disposition(signal: i32) {
     let a = [signal as usize, &raw const DEFAULT as usize, 0, size_of::<SigSet>(), 0, 0];
     // SAFETY: DEFAULT is what the kernel expects on x86_64 and aarch64, and a default disposition runs no code of ours.
     unsafe { raw(libc::SYS_rt_sigaction, a) };
+}
+
+pub(crate) fn is_libc_own(signal: i32) -> bool {
+    LIBC_OWN >> (signal - 1) & 1 == 1
+}
+
+pub(crate) fn is_ignored(signal: i32) -> bool {
+    let mut now = KernelAction { handler: libc::SIG_DFL, flags: 0, restorer: 0, mask: 0 };
+    let a = [signal as usize, 0, &raw mut now as usize, size_of::<SigSet>(), 0, 0];
+    // SAFETY: `now` is live and has the kernel's layout; nothing is changed.
+    unsafe { raw(libc::SYS_rt_sigaction, a) };
+    now.handler == libc::SIG_IGN
 }
 
 extern "C" fn do_nothing(_: i32) {}
