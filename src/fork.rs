@@ -179,6 +179,9 @@ impl ForkOptions<'_> {
                     if good {
                         restore(&mut request);
                         count().forks.fetch_add(1, Relaxed);
+                        if let Some(armed) = &ready.armed {
+                            armed.wait(|| sys::is_dead(pid));
+                        }
                         return Ok(Fork::Parent(Child::new(pid)));
                     }
                     FIRST_BOUND
@@ -226,6 +229,9 @@ impl ForkOptions<'_> {
             sys::set_death_signal(signal);
             if sys::getppid() != ready.parent {
                 sys::raise_at_self(signal);
+            }
+            if let Some(armed) = &ready.armed {
+                armed.tell();
             }
         }
         if let Some(before) = before {

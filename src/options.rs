@@ -1,11 +1,17 @@
 //! How to fork: budget, signals, descriptors and the few things people want of a fresh child (K3, K4).
 
+#![allow(unsafe_code)]
+
 use crate::error::ForkError;
 use crate::signals::{LAST, Signals};
 use crate::sys;
 use std::ffi::CString;
+use std::io;
 use std::marker::PhantomData;
 use std::os::fd::{AsFd, AsRawFd, OwnedFd, RawFd};
+use std::ptr::NonNull;
+use std::sync::atomic::AtomicU32;
+use std::sync::atomic::Ordering::{Acquire, Release};
 use std::time::Duration;
 
 /// Options for a fork; [`fork`](crate::fork) is `ForkOptions::new().fork()`.
@@ -95,8 +101,9 @@ impl<'fd> ForkOptions<'fd> {
         self
     }
 
-    /// The signal that the child gets when the forking *thread* ends (prctl(2), `PR_SET_PDEATHSIG`), also if it has ended by then.
-    /// A later change of uid or an exec of a set-uid program clears it.
+    /// The signal that the child gets when the forking *thread* ends (prctl(2), `PR_SET_PDEATHSIG`), also if its process has ended
+    /// by then. The fork returns once the child has asked for it (but waits no longer than a second), so the thread's end
+    /// cannot be missed. A later change of uid or an exec of a set-uid program clears it.
     pub fn death_signal(mut self, signal: i32) -> Self {
         self.death_signal = Some(signal);
         self
@@ -149,7 +156,8 @@ impl<'fd> ForkOptions<'fd> {
         keep.sort_unstable();
         keep.dedup();
         let null = if self.stdio_null { Some(sys::open_null().map_err(ForkError::Os)?) } else { None };
-        Ok(Ready { mask, name, keep, null, parent: sys::getpid() })
+        let armed = self.death_signal.map(|_| Armed::new()).transpose().map_err(ForkError::Os)?;
+        Ok(Ready { mask, name, keep, null, parent: sys::getpid(), armed })
     }
 }
 
@@ -161,4 +169,43 @@ pub(crate) struct Ready {
     pub(crate) keep: Vec<RawFd>,
     pub(crate) null: Option<OwnedFd>,
     pub(crate) parent: u32,
+    pub(crate) armed: Option<Armed>,
+}
+
+/// A word that parent and child share, by which the child says that its death signal is set. Nothing in a child tells whether the
+/// *thread* that forked has ended, so that one does not come back from its fork before.
+#[derive(Debug)]
+pub(crate) struct Armed(NonNull<AtomicU32>);
+
+impl Armed {
+    fn new() -> io::Result<Self> {
+        let page = sys::map(size_of::<AtomicU32>(), true)?;
+        NonNull::new(page.cast()).map(Armed).ok_or_else(|| io::Error::from_raw_os_error(libc::ENOMEM))
+    }
+
+    fn word(&self) -> &AtomicU32 {
+        // SAFETY: a zeroed page of our own, mapped until this value is dropped.
+        unsafe { self.0.as_ref() }
+    }
+
+    /// Async-signal-safe.
+    pub(crate) fn tell(&self) {
+        self.word().store(1, Release);
+        sys::futex_wake_shared(self.word());
+    }
+
+    /// Not for ever: the child may be stopped by a debugger.
+    pub(crate) fn wait(&self, is_dead: impl Fn() -> bool) {
+        let end = sys::monotonic().saturating_add(1_000_000_000);
+        while self.word().load(Acquire) == 0 && !is_dead() && sys::monotonic() < end {
+            sys::futex_wait_shared(self.word(), 0, 1_000_000);
+        }
+    }
+}
+
+impl Drop for Armed {
+    fn drop(&mut self) {
+        // SAFETY: made by `new` with this length; no reference outlives a call of the methods above.
+        unsafe { sys::unmap(self.0.as_ptr().cast(), size_of::<AtomicU32>()) };
+    }
 }
