@@ -22,7 +22,9 @@ pub struct Child {
 impl Child {
     /// After a fork that succeeded: nothing here can fail it.
     pub(crate) fn new(pid: u32) -> Self {
-        Child { pid, pidfd: sys::pidfd_open(pid).ok(), status: None, generation: runtime::generation() }
+        // The number is this child's as long as nobody has reaped it: then so is the pidfd, which was opened before.
+        let pidfd = sys::pidfd_open(pid).ok().filter(|_| sys::is_unreaped(pid));
+        Child { pid, pidfd, status: None, generation: runtime::generation() }
     }
 
     /// The process id.
@@ -110,11 +112,18 @@ impl Child {
             Some(fd) => match sys::pidfd_signal(fd.as_fd(), signal) {
                 // Ended: the same as reaped.
                 Err(e) if e.raw_os_error() == Some(libc::ESRCH) => Ok(()),
-                Err(e) if e.raw_os_error() == Some(libc::ENOSYS) => sys::kill(self.pid, signal),
+                // An old kernel; a filter.
+                Err(e) if matches!(e.raw_os_error(), Some(libc::ENOSYS | libc::EPERM)) => self.signal_by_pid(signal),
                 r => r,
             },
-            None => sys::kill(self.pid, signal),
+            None => self.signal_by_pid(signal),
         }
+    }
+
+    /// The number is somebody else's once the child was reaped by another `waitpid`. One that comes between the two calls cannot
+    /// be seen: that is what a pidfd is for.
+    fn signal_by_pid(&self, signal: i32) -> io::Result<()> {
+        if sys::is_unreaped(self.pid) { sys::kill(self.pid, signal) } else { Ok(()) }
     }
 
     fn check_parent(&self) -> io::Result<()> {

@@ -592,6 +592,15 @@ pub(crate) fn poll_in(fd: BorrowedFd<'_>, ms: i32) -> io::Result<bool> {
     cerr(unsafe { libc::poll(&mut p, 1, ms) }.into()).map(|n| n > 0)
 }
 
+/// Whether `pid` is a child of this process that lives or was not waited for yet.
+pub(crate) fn is_unreaped(pid: u32) -> bool {
+    keep_errno(|| {
+        let flags = libc::WEXITED | libc::WNOHANG | libc::WNOWAIT;
+        // SAFETY: waitid takes no siginfo where there is none to give; WNOWAIT leaves the child as it is.
+        unsafe { libc::waitid(libc::P_PID, pid, std::ptr::null_mut(), flags) == 0 }
+    })
+}
+
 /// Whether child `pid` has ended, without reaping it.
 pub(crate) fn is_dead(pid: u32) -> bool {
     keep_errno(|| {
