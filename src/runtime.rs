@@ -332,6 +332,12 @@ fn start_slow() {
         STATE.gate.use_fences();
     }
     STATE.off.store(sys::env_is(c"CAREFORK", "off"), Relaxed);
+    if !sys::is_only_copy() {
+        sys::say(
+            b"carefork: two copies of carefork are loaded in this process (a plugin brought its own?): the regions and \
+              care-fds of each are unknown to the other's users\n",
+        );
+    }
     // SAFETY: the three handlers stay loaded; an executable's or library's code that is never unloaded (P2).
     let r = unsafe { libc::pthread_atfork(Some(on_prepare), Some(on_parent), Some(on_child)) };
     if r != 0 {
