@@ -1,5 +1,6 @@
 //! The threads that fork, and what becomes of their children.
 
+// Forks of the plain kind are half of what this is about.
 #![allow(unsafe_code, clippy::disallowed_methods)]
 
 use crate::args::Half;
@@ -232,10 +233,10 @@ impl Forker {
             took = begin.elapsed();
             side = child.map(|c| Side::Parent(Handle::Care(c))).map_err(|e| e.to_string());
         } else {
-            // SAFETY: as above; in the plain half it may hang, and is watched.
             let mut step = || {
                 // Waiting for the lock of one's own choice is no part of the fork.
                 begin = Instant::now();
+                // SAFETY: as above; in the plain half it may hang, and is watched.
                 side = unsafe { fork(world, &options, foreign) };
                 took = begin.elapsed();
             };
