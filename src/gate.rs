@@ -120,7 +120,7 @@ impl Slot {
 
     /// Inside a `GUARD` region.
     pub(crate) fn in_guard(&self) -> bool {
-        self.depth() % LOCK != 0
+        !self.depth().is_multiple_of(LOCK)
     }
 
     /// This thread is in no region but one of `kind`.
@@ -334,7 +334,10 @@ impl<S: Seats> Gate<S> {
                 break true;
             }
         };
-        if self.waiters.fetch_sub(1, SeqCst) == 1 && self.courteous.load(SeqCst) != 0 {
+        let last = self.waiters.fetch_sub(1, AcqRel) == 1;
+        // Pairs with the kernel's own between `courtesy` calling it and its look at the count.
+        fence(SeqCst);
+        if last && self.courteous.load(Relaxed) != 0 {
             sync::futex_wake(&self.waiters, u32::MAX, ANY);
         }
         entered
@@ -391,8 +394,9 @@ impl<S: Seats> Gate<S> {
     /// The forker that waits for regions looks again.
     fn nudge(&self) {
         // Pairs with `drain`: either the forker's look round sees the seat, or it sees the count moved, or this sees it asleep.
-        self.drain.fetch_add(1, SeqCst);
-        if self.sleeping.load(SeqCst) != 0 {
+        self.drain.fetch_add(1, AcqRel);
+        fence(SeqCst);
+        if self.sleeping.load(Relaxed) != 0 {
             sync::futex_wake(&self.drain, 1, ANY);
         }
     }
@@ -482,8 +486,10 @@ impl<S: Seats> Gate<S> {
     }
 
     fn release_role(&self) {
-        self.role.store(0, SeqCst);
-        if self.queued.load(SeqCst) != 0 {
+        self.role.store(0, Release);
+        // Pairs with the kernel's own between `take_role` calling it and its look at the role.
+        fence(SeqCst);
+        if self.queued.load(Relaxed) != 0 {
             sync::futex_wake(&self.role, u32::MAX, ANY);
         }
     }

@@ -462,7 +462,8 @@ impl Steps for Handlers<'_> {
     fn hooks(&mut self, how: How) -> Hooks {
         self.vetoed = false;
         let mut end = Hooks::Ready;
-        let all = STATE.hooks.prepare(|h| hook::prepare(h, how, self.coordinated, self.report, &mut self.vetoed, &mut end));
+        let all =
+            STATE.hooks.prepare(|h| hook::prepare(h, how, self.coordinated, self.report, &mut self.vetoed, &mut end));
         if !all {
             self.undo();
         }
@@ -508,15 +509,10 @@ extern "C" fn on_prepare() {
 }
 
 fn prepare_coordinated(me: &Slot, request: &mut Request, passage: &mut Passage) {
-    let plan = Plan {
-        coordinated: true,
-        deadline: request.deadline,
-        let_go_at: request.let_go_at,
-        bound: request.bound,
-    };
+    let plan =
+        Plan { coordinated: true, deadline: request.deadline, let_go_at: request.let_go_at, bound: request.bound };
     let mut busy = Busy::NONE;
-    let mut steps =
-        Handlers { mask: &mut passage.mask, coordinated: true, report: &mut request.report, vetoed: false };
+    let mut steps = Handlers { mask: &mut passage.mask, coordinated: true, report: &mut request.report, vetoed: false };
     let outcome = prepare::prepare(&STATE.gate, me, &mut steps, &plan, &mut busy);
     request.report.busy = busy;
     request.outcome = Some(outcome);
@@ -537,8 +533,7 @@ fn prepare_foreign(me: &Slot, passage: &mut Passage) {
     let mut busy = Busy::NONE;
     // Not dropped: what a hook said may be on the heap, and freeing is not for here (G9). A veto against a foreign fork is rare.
     let mut report = std::mem::ManuallyDrop::new(Report::new());
-    let mut steps =
-        Handlers { mask: &mut passage.mask, coordinated: false, report: &mut report, vetoed: false };
+    let mut steps = Handlers { mask: &mut passage.mask, coordinated: false, report: &mut report, vetoed: false };
     let outcome = prepare::prepare(&STATE.gate, me, &mut steps, &plan, &mut busy);
     let vetoed = steps.vetoed;
     passage.stage = match outcome {

@@ -17,20 +17,20 @@ fn keep_errno<R>(f: impl FnOnce() -> R) -> R {
     r
 }
 
-pub(crate) fn errno() -> i32 {
-    // SAFETY: the location is the calling thread's own and lives as long as the thread.
-    unsafe { *libc::__errno_location() }
-}
-
 /// Where the calling thread's errno is, for as long as the thread lives, its copy in a child included.
 pub(crate) fn errno_place() -> *mut i32 {
     // SAFETY: no arguments.
     unsafe { libc::__errno_location() }
 }
 
+pub(crate) fn errno() -> i32 {
+    // SAFETY: the location is the calling thread's own.
+    unsafe { *errno_place() }
+}
+
 pub(crate) fn set_errno(e: i32) {
-    // SAFETY: as in `errno`.
-    unsafe { *libc::__errno_location() = e }
+    // SAFETY: the location is the calling thread's own.
+    unsafe { *errno_place() = e }
 }
 
 /// -1 becomes the error that errno names.
@@ -274,9 +274,10 @@ pub(crate) fn is_only_copy() -> bool {
     }
     let mut found = 0u64;
     let into = libc::iovec { iov_base: (&raw mut found).cast(), iov_len: size_of::<u64>() };
+    let pid = getpid().cast_signed();
     let from = libc::iovec { iov_base: PLACE as *mut libc::c_void, iov_len: size_of::<u64>() };
     // SAFETY: the kernel copies, and says EFAULT where nothing can be read; `found` is live.
-    unsafe { libc::process_vm_readv(libc::getpid(), &into, 1, &from, 1, 0) };
+    unsafe { libc::process_vm_readv(pid, &into, 1, &from, 1, 0) };
     found != MAGIC
 }
 
@@ -318,8 +319,9 @@ pub(crate) fn getppid() -> u32 {
 /// Whether thread `tid` of this process is gone.
 pub(crate) fn thread_is_gone(tid: u32) -> bool {
     keep_errno(|| {
+        let pid = getpid();
         // SAFETY: signal 0 is only a question.
-        let r = unsafe { libc::syscall(libc::SYS_tgkill, libc::getpid(), tid, 0) };
+        let r = unsafe { libc::syscall(libc::SYS_tgkill, pid, tid, 0) };
         r == -1 && errno() == libc::ESRCH
     })
 }
@@ -382,7 +384,10 @@ pub(crate) fn close_range(first: u32, last: u32) {
         }
         for fd in first..=last.min(highest_fd()) {
             // SAFETY: as above. EBADF is harmless, EINTR closes on Linux.
-            unsafe { libc::close(fd as RawFd) };
+            #[allow(clippy::disallowed_methods)]
+            unsafe {
+                libc::close(fd as RawFd)
+            };
         }
     });
 }
@@ -467,13 +472,7 @@ pub(crate) fn pidfd_open(pid: u32) -> io::Result<OwnedFd> {
 pub(crate) fn pidfd_signal(pidfd: BorrowedFd<'_>, signal: i32) -> io::Result<()> {
     // SAFETY: no siginfo is passed.
     cerr(unsafe {
-        libc::syscall(
-            libc::SYS_pidfd_send_signal,
-            pidfd.as_raw_fd(),
-            signal,
-            std::ptr::null::<libc::siginfo_t>(),
-            0,
-        )
+        libc::syscall(libc::SYS_pidfd_send_signal, pidfd.as_raw_fd(), signal, std::ptr::null::<libc::siginfo_t>(), 0)
     })
     .map(drop)
 }
@@ -535,8 +534,9 @@ pub(crate) fn mask_without(mask: &SigSet, signals: &[i32]) -> SigSet {
 }
 
 pub(crate) fn raise_at_self(signal: i32) {
+    let pid = getpid().cast_signed();
     // SAFETY: integers only.
-    unsafe { libc::kill(libc::getpid(), signal) };
+    unsafe { libc::kill(pid, signal) };
 }
 
 pub(crate) fn set_death_signal(signal: i32) {

@@ -28,64 +28,65 @@ impl Pages {
         Self { mine: AtomicPtr::new(std::ptr::null_mut()), old: AtomicPtr::new(std::ptr::null_mut()) }
     }
 
-/// Makes sure that there is a page. Before the fork.
-pub(crate) fn ready(&self) -> io::Result<()> {
-    if !self.mine.load(Ordering::Acquire).is_null() {
-        return Ok(());
-    }
-    let page = sys::map(sys::PAGE, true)?;
-    let null = std::ptr::null_mut();
-    if self.mine.compare_exchange(null, page.cast(), Ordering::AcqRel, Ordering::Acquire).is_err() {
-        // SAFETY: another thread was faster; nobody else knows this mapping.
-        unsafe { sys::unmap(page, sys::PAGE) };
-    }
-    let old = self.old.swap(std::ptr::null_mut(), Ordering::AcqRel);
-    if !old.is_null() {
-        // SAFETY: `forget` put it there, whose process held no reference into it; the swap made it this thread's.
-        unsafe { sys::unmap(old.cast(), sys::PAGE) };
-    }
-    Ok(())
-}
-
-fn word(&self, seat: u32) -> Option<&'static AtomicU32> {
-    let page = self.mine.load(Ordering::Acquire);
-    if page.is_null() {
-        return None;
-    }
-    // SAFETY: the index is below WORDS, the page holds that many words, zeroed by the kernel. It is unmapped only
-    // in children, after `forget`.
-    Some(unsafe { &*page.add((seat % WORDS) as usize) })
-}
-
-/// In the child's handler, before the gate is reset. Async-signal-safe.
-pub(crate) fn say(&self, me: Option<&Slot>, ticket: u32, good: bool) {
-    if let Some(w) = me.and_then(|m| self.word(m.id())) {
-        w.store(ticket << 2 | if good { GOOD } else { BAD }, Ordering::Release);
-        sys::futex_wake_shared(w);
-    }
-}
-
-/// In the parent: what the child said, or true if it died before it could.
-pub(crate) fn ask(&self, me: &Slot, ticket: u32, is_dead: impl Fn() -> bool) -> bool {
-    let Some(w) = self.word(me.id()) else { return true };
-    loop {
-        let seen = w.load(Ordering::Acquire);
-        if seen >> 2 == ticket & (u32::MAX >> 2) && seen & 3 != 0 {
-            return seen & 3 == GOOD;
+    /// Makes sure that there is a page. Before the fork.
+    pub(crate) fn ready(&self) -> io::Result<()> {
+        if !self.mine.load(Ordering::Acquire).is_null() {
+            return Ok(());
         }
-        if is_dead() {
-            return true;
+        let page = sys::map(sys::PAGE, true)?;
+        let null = std::ptr::null_mut();
+        if self.mine.compare_exchange(null, page.cast(), Ordering::AcqRel, Ordering::Acquire).is_err() {
+            // SAFETY: another thread was faster; nobody else knows this mapping.
+            unsafe { sys::unmap(page, sys::PAGE) };
         }
-        sys::futex_wait_shared(w, seen, 1_000_000);
+        let old = self.old.swap(std::ptr::null_mut(), Ordering::AcqRel);
+        if !old.is_null() {
+            // SAFETY: `forget` put it there, whose process held no reference into it; the swap made it this thread's.
+            unsafe { sys::unmap(old.cast(), sys::PAGE) };
+        }
+        Ok(())
     }
-}
 
-/// In a child, whose one thread holds no reference into it: the page is the parent's. Unmapped with the first fork of this
-/// process's own, since most children make none.
-pub(crate) fn forget(&self) {
-    let page = self.mine.swap(std::ptr::null_mut(), Ordering::Relaxed);
-    if !page.is_null() {
-        self.old.store(page, Ordering::Relaxed);
+    fn word(&self, seat: u32) -> Option<&'static AtomicU32> {
+        let page = self.mine.load(Ordering::Acquire);
+        if page.is_null() {
+            return None;
+        }
+        // SAFETY: the page holds WORDS words and the index is below that.
+        let word = unsafe { page.add((seat % WORDS) as usize) };
+        // SAFETY: zeroed by the kernel, which is a valid AtomicU32; unmapped only in children, after `forget`.
+        Some(unsafe { &*word })
     }
-}
+
+    /// In the child's handler, before the gate is reset. Async-signal-safe.
+    pub(crate) fn say(&self, me: Option<&Slot>, ticket: u32, good: bool) {
+        if let Some(w) = me.and_then(|m| self.word(m.id())) {
+            w.store(ticket << 2 | if good { GOOD } else { BAD }, Ordering::Release);
+            sys::futex_wake_shared(w);
+        }
+    }
+
+    /// In the parent: what the child said, or true if it died before it could.
+    pub(crate) fn ask(&self, me: &Slot, ticket: u32, is_dead: impl Fn() -> bool) -> bool {
+        let Some(w) = self.word(me.id()) else { return true };
+        loop {
+            let seen = w.load(Ordering::Acquire);
+            if seen >> 2 == ticket & (u32::MAX >> 2) && seen & 3 != 0 {
+                return seen & 3 == GOOD;
+            }
+            if is_dead() {
+                return true;
+            }
+            sys::futex_wait_shared(w, seen, 1_000_000);
+        }
+    }
+
+    /// In a child, whose one thread holds no reference into it: the page is the parent's. Unmapped with the first fork of this
+    /// process's own, since most children make none.
+    pub(crate) fn forget(&self) {
+        let page = self.mine.swap(std::ptr::null_mut(), Ordering::Relaxed);
+        if !page.is_null() {
+            self.old.store(page, Ordering::Relaxed);
+        }
+    }
 }
