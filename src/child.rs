@@ -1,5 +1,6 @@
 //! The parent's hold on one child (C1's first part): pid, pidfd, wait, kill.
 
+use crate::carefd::CareFd;
 use crate::{clock, runtime, sys};
 use std::io;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
@@ -14,7 +15,8 @@ use std::time::Duration;
 #[derive(Debug)]
 pub struct Child {
     pid: u32,
-    pidfd: Option<OwnedFd>,
+    /// A care-fd: a sibling forked later has no use for it.
+    pidfd: Option<CareFd<OwnedFd>>,
     status: Option<ExitStatus>,
     generation: u64,
 }
@@ -23,7 +25,7 @@ impl Child {
     /// After a fork that succeeded: nothing here can fail it.
     pub(crate) fn new(pid: u32) -> Self {
         // The number is this child's as long as nobody has reaped it: then so is the pidfd, which was opened before.
-        let pidfd = sys::pidfd_open(pid).ok().filter(|_| sys::is_unreaped(pid));
+        let pidfd = CareFd::open(|| sys::pidfd_open(pid)).ok().filter(|_| sys::is_unreaped(pid));
         Child { pid, pidfd, status: None, generation: runtime::generation() }
     }
 
@@ -32,10 +34,10 @@ impl Child {
         self.pid
     }
 
-    /// The pidfd, readable once the child has ended; close-on-exec. `None` where the kernel or a filter refused one: then everything
-    /// else works still, with the pid.
+    /// The pidfd, readable once the child has ended; a care-fd, so that it does not linger in other children. `None` where the kernel or
+    /// a filter refused one: then everything else works still, with the pid.
     pub fn pidfd(&self) -> Option<BorrowedFd<'_>> {
-        self.pidfd.as_ref().map(AsFd::as_fd)
+        self.pidfd.as_ref().and_then(CareFd::get).map(AsFd::as_fd)
     }
 
     /// Waits for the child to end and reaps it; the same status again afterwards.
