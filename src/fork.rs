@@ -199,7 +199,7 @@ impl ForkOptions<'_> {
                 return Err(request.report.into_error(outcome));
             }
             // Others that wait for a lock of another library's handler get it now.
-            sys::sleep(clock::real_wait(again));
+            sleep(again, request.deadline);
             request.bound = again;
             request.outcome = None;
         }
@@ -247,6 +247,15 @@ fn let_go_at(deadline: Option<u64>) -> u64 {
     let now = clock::now();
     let left = deadline.map_or(1_000_000_000, |d| d.saturating_sub(now));
     now.saturating_add((left / 2).max(LAST_BOUND / 10))
+}
+
+/// By `clock`, which a test may drive; no longer than until `deadline`.
+fn sleep(ns: u64, deadline: Option<u64>) {
+    let until = clock::now().saturating_add(ns);
+    let until = deadline.map_or(until, |d| d.min(until));
+    while let left @ 1.. = until.saturating_sub(clock::now()) {
+        sys::sleep(clock::real_wait(left));
+    }
 }
 
 fn restore(request: &mut Request) {
