@@ -90,8 +90,9 @@ fn busy_names_those_in_the_way() {
         assert_eq!((culprits.count, culprits.threads.len()), (11, 8));
         assert!(culprits.threads.iter().any(|t| t.name == "a-name-that-is-"), "{culprits:?}");
         assert!(culprits.to_string().contains("3 more threads"), "{culprits}");
-        // Each let go of other libraries' handlers in the middle of its budget, and came back.
-        assert_eq!((stats().refused, stats().thrown_away, stats().forks), (2, 4, 0));
+        assert_eq!((stats().refused, stats().forks), (2, 0));
+        // Each let go of other libraries' handlers now and then, and came back; not often.
+        assert!((3..=12).contains(&stats().thrown_away), "{:?}", stats());
         assert!(no_child_left());
         drop((one, more));
         drop(clock);
@@ -383,7 +384,8 @@ fn the_bound_doubles() {
                     });
                 });
                 let step = MS / 100;
-                for bound in [1, 2, 4, 8, 16, 32, 64, 100, 100, 100] {
+                // In all less than the half second after which a coordinated fork begins anew.
+                for bound in [1, 2, 4, 8, 16, 32, 64, 100] {
                     until_shut();
                     advance(bound * MS - step);
                     thread::sleep(10 * MS);

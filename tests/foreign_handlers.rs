@@ -12,13 +12,13 @@ use carefork::{
 };
 use common::{Rng, Verdict, check, foreign_handlers, isolated, raw, reap, seccomp_refuse};
 use drive::{
-    BOTH, Kind, MS, SOON, Stop, coordinated, foreign, fork_with, freeze, gettid, no_child_left, run_clock, until,
-    until_shut,
+    BOTH, Kind, MS, SOON, Stop, coordinated, foreign, fork_with, freeze, no_child_left, run_clock, until, until_shut,
 };
 use std::cell::UnsafeCell;
 use std::sync::Once;
 use std::sync::atomic::{AtomicBool, AtomicI32, AtomicU32, AtomicUsize, Ordering::SeqCst};
 use std::thread;
+use std::time::Duration;
 
 fn ends_well(pid: i32) {
     assert_eq!(reap(pid, SOON), Verdict::Exited(0));
@@ -432,7 +432,7 @@ struct Ends {
 }
 
 /// Threads that take the two locks inside regions and round them; two of them fork, in both ways.
-fn storm(nestings: &[fn()], forks: u32, step: std::time::Duration) -> Ends {
+fn storm(nestings: &[fn()], forks: u32, step: Duration, budget: Duration) -> Ends {
     let (stop, mut ends) = (AtomicBool::new(false), Ends::default());
     let mut rng = Rng::new();
     let _clock = run_clock(step);
@@ -449,6 +449,7 @@ fn storm(nestings: &[fn()], forks: u32, step: std::time::Duration) -> Ends {
         }
         let forkers = BOTH.map(|kind| {
             s.spawn(move || {
+                let options = ForkOptions::new().timeout(budget);
                 let (mut ok, mut busy) = (0, 0);
                 for _ in 0..forks {
                     let child = || {
@@ -458,7 +459,7 @@ fn storm(nestings: &[fn()], forks: u32, step: std::time::Duration) -> Ends {
                     };
                     let pid = match kind {
                         Kind::Foreign => foreign(child),
-                        Kind::Coordinated => coordinated(child).unwrap_or(-1),
+                        Kind::Coordinated => fork_with(&options, child).unwrap_or(-1),
                     };
                     if pid > 0 {
                         ok += 1;
@@ -519,7 +520,7 @@ fn round_region_late() {
 fn two_kinds_of_fork_with_handlers_locks_inside_and_outside() {
     isolated("two_kinds_of_fork_with_handlers_locks_inside_and_outside", 60, || {
         both_with_locks();
-        let ends = storm(&[in_region_early, round_region_late], 300, MS / 5);
+        let ends = storm(&[in_region_early, round_region_late], 300, MS / 5, 1000 * MS);
         assert_eq!((ends.ok, ends.busy, ends.dirty), (600, 0, 0));
     });
 }
@@ -531,7 +532,7 @@ fn two_kinds_of_fork_with_handlers_locks_the_wrong_way_round() {
         both_with_locks();
         let ways: [fn(); 4] = [in_region_early, in_region_late, round_region_early, round_region_late];
         set_foreign_budget(Some(20 * MS));
-        let ends = storm(&ways, 260, MS);
+        let ends = storm(&ways, 260, MS, 200 * MS);
         assert!(ends.ok > 260, "{} of 520 forks", ends.ok);
     });
 }
@@ -541,8 +542,9 @@ fn two_kinds_of_fork_with_handlers_locks_the_wrong_way_round() {
 fn forks_inside_regions_with_handlers_locks() {
     isolated("forks_inside_regions_with_handlers_locks", 60, || {
         both_with_locks();
+        set_foreign_budget(Some(50 * MS));
         let _clock = run_clock(MS);
-        let (stop, tids) = (AtomicBool::new(false), AtomicI32::new(gettid()));
+        let stop = AtomicBool::new(false);
         let (refused, made) = (AtomicU32::new(0), AtomicU32::new(0));
         thread::scope(|s| {
             let _end = Stop(&stop);
@@ -576,7 +578,7 @@ fn forks_inside_regions_with_handlers_locks() {
                 .collect();
             forkers.into_iter().for_each(|f| f.join().expect("no child failed"));
         });
-        println!("{made:?} forks made, {refused:?} refused, {} dirty, {tids:?}", stats().dirty);
+        println!("{made:?} forks made, {refused:?} refused, {} dirty", stats().dirty);
         assert_eq!(made.load(SeqCst) + refused.load(SeqCst), 300);
         assert!(made.load(SeqCst) > 150);
         assert!(no_child_left());
