@@ -551,7 +551,9 @@ impl<S: Seats> Gate<S> {
     pub(crate) fn reopen(&self, shut: u32) -> bool {
         let open = (shut & !STATE).wrapping_add(EPOCH) | self.mode.load(Relaxed);
         let mine = self.word.compare_exchange(shut, open, AcqRel, Relaxed).is_ok();
-        if mine {
+        // Pairs with the fence in `left`, which a waiter passes between counting itself and looking at the word.
+        fence(SeqCst);
+        if mine && self.waiters.load(Relaxed) != 0 {
             sync::futex_wake(&self.word, u32::MAX, ANY);
         }
         mine
