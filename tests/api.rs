@@ -1,0 +1,193 @@
+//! Every public item, named once, with its auto traits: what changes here changes for users.
+
+#![allow(
+    clippy::expect_used,
+    // Whole types, as a user would see them.
+    clippy::type_complexity
+)]
+
+use carefork::{
+    AdoptError, CareFd, Child, Cleanup, Condvar, Culprit, Culprits, Fork, ForkError, ForkOptions, Held, Hook, InChild,
+    LazyLock, Lineage, MappedMutexGuard, MappedRwLockReadGuard, MappedRwLockWriteGuard, Mutex, MutexGuard, NoForking,
+    NotAChild, OnFork, OnceLock, RawCondvar, RawMutex, RawRwLock, Registration, RwLock, RwLockReadGuard,
+    RwLockUpgradableReadGuard, RwLockWriteGuard, Signals, Stats, Veto, WaitTimeoutResult, force_unlock,
+    fork_generation, no_forking, set_foreign_budget, try_no_forking,
+};
+use std::cell::Cell;
+use std::error::Error;
+use std::fmt::Debug;
+use std::fs::File;
+use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
+use std::panic::{RefUnwindSafe, UnwindSafe};
+use std::process::ExitStatus;
+use std::time::Duration;
+use std::{io, net};
+
+/// Compiles if the types have the traits.
+macro_rules! is {
+    ($($type:ty),+ $(,)? => $($bound:tt)+) => {
+        const _: fn() = || {
+            fn has<T: ?Sized + $($bound)+>() {}
+            $(has::<$type>();)+
+        };
+    };
+}
+
+/// Compiles if none of the types has the trait: with it two `choose` would fit.
+macro_rules! is_not {
+    ($($type:ty),+ $(,)? => $bound:path) => {
+        const _: fn() = || {
+            trait Either<A> {
+                fn choose() {}
+            }
+            impl<T: ?Sized> Either<()> for T {}
+            struct Has;
+            impl<T: ?Sized + $bound> Either<Has> for T {}
+            $(<$type as Either<_>>::choose();)+
+        };
+    };
+}
+
+// Values that go where they are wanted.
+is!(Child, InChild, Fork, ForkOptions<'static>, Hook, Registration, Veto, Signals, OnFork, Cleanup => Send + Unpin);
+is!(Child, InChild, Fork, ForkOptions<'static>, Hook, Registration, Veto, Signals, OnFork, Cleanup => Sync);
+is!(Lineage, Stats, Culprit, Culprits, NotAChild, ForkError, AdoptError<File>, WaitTimeoutResult => Send + Sync + Debug + Unpin);
+is!(CareFd<File>, CareFd<OwnedFd>, CareFd<net::TcpListener> => Send + Sync + Unpin + Debug + AsFd + AsRawFd);
+is!(Child, InChild, Fork, ForkOptions<'static>, Hook, Registration, Veto, Signals, OnFork, Cleanup, NoForking => Debug);
+is!(Child, ForkOptions<'static>, Signals, OnFork, Cleanup, Lineage, Stats, CareFd<File> => UnwindSafe + RefUnwindSafe);
+is!(ForkError, NotAChild, AdoptError<File>, Veto => Error);
+is!(ForkOptions<'static>, Signals, OnFork, Cleanup, Lineage, Stats, Culprit, Culprits, Veto, NotAChild => Clone);
+is!(OnFork, Cleanup, Lineage, Stats, NotAChild => Copy + Eq);
+is!(ForkOptions<'static>, Signals, Stats, Cleanup, Culprits => Default);
+
+// Regions belong to their thread, and so does what holds one.
+is_not!(NoForking => Send);
+is_not!(MutexGuard<'static, u8>, MappedMutexGuard<'static, u8>, RwLockReadGuard<'static, u8> => Send);
+is_not!(RwLockWriteGuard<'static, u8>, RwLockUpgradableReadGuard<'static, u8> => Send);
+is_not!(MappedRwLockReadGuard<'static, u8>, MappedRwLockWriteGuard<'static, u8>, Held => Send);
+// The registry and the children are not to be had twice.
+is_not!(CareFd<File>, Child, InChild, Registration, Hook, NoForking => Clone);
+is_not!(CareFd<File>, Child, InChild, Registration => Copy);
+// A `DerefMut` would let the value be swapped behind the registry.
+is_not!(CareFd<File> => std::ops::DerefMut);
+
+// Locks share what may be shared.
+is!(Mutex<Cell<u8>>, RwLock<u8>, OnceLock<u8>, LazyLock<u8>, Condvar => Send + Sync);
+is!(RawMutex, RawRwLock, RawCondvar => Send + Sync);
+is_not!(Mutex<*const u8>, RwLock<Cell<u8>>, OnceLock<Cell<u8>>, LazyLock<Cell<u8>> => Sync);
+is_not!(Mutex<*const u8>, OnceLock<*const u8> => Send);
+is!(MutexGuard<'static, u8>, RwLockReadGuard<'static, u8> => Sync);
+is!(RawMutex => lock_api::RawMutex + lock_api::RawMutexTimed);
+is!(RawRwLock => lock_api::RawRwLock + lock_api::RawRwLockTimed + lock_api::RawRwLockDowngrade + lock_api::RawRwLockUpgrade);
+is_not!(RawMutex => lock_api::RawMutexFair);
+is_not!(RawRwLock => lock_api::RawRwLockFair);
+
+// Const-constructible.
+static _MUTEX: Mutex<u8> = Mutex::new(0);
+static _RW_LOCK: RwLock<u8> = RwLock::new(0);
+static _CONDVAR: Condvar = Condvar::new();
+static _ONCE: OnceLock<u8> = OnceLock::new();
+static _LAZY: LazyLock<u8> = LazyLock::new(|| 0);
+
+/// The functions, by their whole types.
+#[test]
+fn functions_have_the_types_they_are_known_by() {
+    let _: unsafe fn() -> Result<Fork, ForkError> = carefork::fork;
+    let _: unsafe fn(fn() -> i32) -> Result<Child, ForkError> = carefork::spawn;
+    let _: unsafe fn() -> Result<Cleanup, NotAChild> = carefork::postfork_child_noexec;
+    let _: fn() -> NoForking = no_forking;
+    let _: fn() -> Option<NoForking> = try_no_forking;
+    let _: unsafe fn() = force_unlock;
+    let _: fn() -> u64 = fork_generation;
+    let _: fn() -> Lineage = carefork::lineage;
+    let _: fn() -> Stats = carefork::stats;
+    let _: fn(Option<Duration>) = set_foreign_budget;
+    let _: fn(Hook) -> Registration = carefork::register;
+    let _: fn() -> Registration = carefork::stdio::guard;
+
+    let _: unsafe fn(&ForkOptions<'static>) -> Result<Fork, ForkError> = ForkOptions::fork;
+    let _: unsafe fn(&ForkOptions<'static>, fn() -> i32) -> Result<Child, ForkError> = ForkOptions::spawn;
+    let _: fn(ForkOptions<'static>, Duration) -> ForkOptions<'static> = ForkOptions::timeout;
+    let _: fn(ForkOptions<'static>) -> ForkOptions<'static> = ForkOptions::timeout_never;
+    let _: fn(ForkOptions<'static>, Signals) -> ForkOptions<'static> = ForkOptions::signals;
+    let _: fn(ForkOptions<'static>, &[i32]) -> ForkOptions<'static> = ForkOptions::mask;
+    let _: fn(ForkOptions<'static>, &'static File) -> ForkOptions<'static> = ForkOptions::keep;
+    let _: fn(ForkOptions<'static>, i32) -> ForkOptions<'static> = ForkOptions::death_signal;
+    let _: fn(ForkOptions<'static>, &str) -> ForkOptions<'static> = ForkOptions::name;
+    let switches: [fn(ForkOptions<'static>, bool) -> ForkOptions<'static>; 3] =
+        [ForkOptions::close_others, ForkOptions::new_session, ForkOptions::stdio_null];
+    assert_eq!(switches.len(), 3);
+
+    let _: fn(&Child) -> u32 = Child::id;
+    let _: fn(&mut Child) -> io::Result<ExitStatus> = Child::wait;
+    let _: fn(&mut Child) -> io::Result<Option<ExitStatus>> = Child::try_wait;
+    let _: fn(&mut Child, Duration) -> io::Result<Option<ExitStatus>> = Child::wait_timeout;
+    let _: fn(&Child) -> io::Result<()> = Child::kill;
+    let _: fn(&Child, i32) -> io::Result<()> = Child::signal;
+    let _: for<'a> fn(&'a Child) -> Option<BorrowedFd<'a>> = Child::pidfd;
+    let _: unsafe fn(InChild) -> Cleanup = InChild::cleanup;
+    let _: fn(InChild, i32) -> ! = InChild::exit;
+
+    let _: fn(File) -> Result<CareFd<File>, AdoptError<File>> = CareFd::new;
+    let _: fn(OnFork, File) -> Result<CareFd<File>, AdoptError<File>> = CareFd::new_on;
+    let _: fn(fn() -> io::Result<File>) -> io::Result<CareFd<File>> = CareFd::open;
+    let _: fn(OnFork, fn() -> io::Result<File>) -> io::Result<CareFd<File>> = CareFd::open_on;
+    let _: fn(fn() -> io::Result<Vec<File>>) -> io::Result<Vec<CareFd<File>>> = CareFd::open_all;
+    let _: fn(CareFd<File>) -> File = CareFd::into_inner;
+    let _: fn(CareFd<File>) -> Option<File> = CareFd::try_into_inner;
+    let _: fn(&CareFd<File>) -> Option<&File> = CareFd::get;
+    let _: fn(&CareFd<File>) -> bool = CareFd::is_open_here;
+    let _: fn(&NoForking, File) -> Result<CareFd<File>, AdoptError<File>> = NoForking::care;
+    let _: fn(AdoptError<File>) -> io::Error = io::Error::from;
+
+    let _: fn(&'static str) -> Hook = Hook::new;
+    let _: fn(Hook, i32) -> Hook = Hook::rank;
+    let _: [fn(Hook, fn()) -> Hook; 5] = [Hook::prepare, Hook::undo, Hook::parent, Hook::child, Hook::cleanup];
+    let _: fn(Hook, fn() -> Result<(), Veto>) -> Hook = Hook::try_prepare;
+    let _: fn(&'static str) -> Veto = Veto::from;
+    let _: fn(String) -> Veto = Veto::from;
+}
+
+/// F5: a word beside the value.
+#[test]
+fn a_care_fd_is_at_most_eight_bytes_more() {
+    assert!(size_of::<CareFd<OwnedFd>>() <= size_of::<OwnedFd>() + 8);
+    assert!(size_of::<CareFd<net::TcpListener>>() <= size_of::<net::TcpListener>() + 8);
+}
+
+/// Errors say what to do, and what is behind them.
+#[test]
+fn errors_tell() {
+    let os = ForkError::Os(io::Error::from_raw_os_error(libc::EAGAIN));
+    assert!(os.to_string().contains("Resource temporarily unavailable") && os.source().is_some());
+    let forbidden = ForkError::Forbidden { entered: None };
+    assert!(forbidden.to_string().contains("end the region first") && forbidden.source().is_none());
+    assert!(ForkError::InFork.to_string().contains("hook"));
+    let busy = ForkError::Busy { culprits: Culprits::default() };
+    assert!(busy.to_string().contains("ForkOptions::timeout"));
+    let deadlock = ForkError::WouldDeadlock { culprits: Culprits::default() };
+    assert!(deadlock.to_string().contains("release the lock first"));
+    let vetoed = ForkError::Vetoed { hook: "database", reason: "a transaction is open".into() };
+    assert!(vetoed.to_string().contains("\"database\"") && vetoed.to_string().contains("a transaction is open"));
+    assert!(ForkError::Invalid("what").to_string().ends_with("what"));
+}
+
+/// Whatever the crate exports is named above.
+#[test]
+fn nothing_public_is_missing_here() {
+    let here = include_str!("api.rs");
+    let mut names = 0;
+    for source in [include_str!("../src/lib.rs"), include_str!("../src/locks/mod.rs")] {
+        // What a feature for tests and benches exports is indented.
+        for item in source.split("\npub use ").skip(1) {
+            let list = item.split(';').next().expect("split gives one");
+            let list = list.rsplit("::").next().expect("split gives one");
+            for name in list.split(|c: char| !c.is_alphanumeric() && c != '_').filter(|n| !n.is_empty()) {
+                let named = here.split(|c: char| !c.is_alphanumeric() && c != '_').any(|word| word == name);
+                assert!(named, "{name} is exported and not in tests/api.rs");
+                names += 1;
+            }
+        }
+    }
+    assert!(names > 40, "found {names} only: is the list read as it is written?");
+}
