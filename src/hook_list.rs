@@ -168,7 +168,13 @@ impl<T> HookList<T> {
             // SAFETY: pending nodes are alive until unlinked, and only the role's holder unlinks.
             let n = unsafe { &*node };
             let rest = n.next.load(Relaxed);
-            self.link(n);
+            // Not linked to be unlinked: threads that register and leave in a loop while a fork holds the role would pile up
+            // thousands, and each link walks past the others.
+            if n.gone.load(Acquire) == 0 {
+                self.link(n);
+            } else {
+                push(&self.garbage, node);
+            }
             node = rest;
         }
         self.each(|n| {
