@@ -176,7 +176,7 @@ fn fork_again(life: Life<'_>) -> Result<(), i32> {
     let Life { world, slot, .. } = life;
     let mine = threads::a_few(world);
     // SAFETY: the child's child uses what carefork made ready, and no borrowed descriptor; in the plain half it is watched.
-    let side = unsafe { forkers::fork(world, &forkers::options(), false) };
+    let side = unsafe { forkers::fork(world, &forkers::options().death_signal(libc::SIGKILL), false) };
     let mut handle = match side {
         Err(why) => {
             slot.note(&why);

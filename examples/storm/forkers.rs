@@ -17,8 +17,15 @@ use std::process::ExitStatus;
 use std::sync::atomic::Ordering::Relaxed;
 use std::time::{Duration, Instant};
 
-/// Children of one forker at a time.
+/// Children of one forker at a time, hung ones included.
 pub(crate) const AT_A_TIME: usize = 8;
+
+/// Those of them in which something moves: as many in both halves, or the one whose children work would have the busier
+/// machine, and the slower forks.
+const MOVING: usize = 2;
+
+/// Where nothing has moved for so long, it may be hung.
+const STILL: Duration = Duration::from_millis(20);
 
 /// A child in which nothing moves for so long is hung.
 const HUNG: Duration = Duration::from_secs(2);
@@ -98,17 +105,15 @@ pub(crate) unsafe fn fork(world: &World, options: &ForkOptions<'_>, foreign: boo
     // SAFETY: the caller's promise.
     match unsafe { libc::fork() } {
         -1 => Err(std::io::Error::last_os_error().to_string()),
-        0 => {
-            die_with_parent();
-            Ok(Side::Child(None))
-        }
+        0 => Ok(Side::Child(None)),
         pid => Ok(Side::Parent(Handle::Raw(pid))),
     }
 }
 
-/// What the two kinds of fork have in common.
+/// What all forks have in common. The death signal is no option here: its fork waits for the child to be ready for it, and
+/// what is measured is the fork.
 pub(crate) fn options<'a>() -> ForkOptions<'a> {
-    ForkOptions::new().timeout(BUDGET).death_signal(libc::SIGKILL)
+    ForkOptions::new().timeout(BUDGET)
 }
 
 /// No hung child outlives the storm.
@@ -119,6 +124,7 @@ pub(crate) fn die_with_parent() {
 
 /// What `spawn` runs, after it has cleaned up.
 fn spawned(life: Life<'_>) -> i32 {
+    die_with_parent();
     life.world.fds.survivors(life.slot);
     child::live(life)
 }
@@ -129,6 +135,7 @@ fn spawned(life: Life<'_>) -> i32 {
 /// In a child, before anything else; no closed descriptor is used or dropped afterwards but through its care-fd.
 pub(crate) unsafe fn clean_up(life: &Life<'_>, token: Option<InChild>) -> Result<(), String> {
     let Life { world, slot, keep, .. } = life;
+    die_with_parent();
     match (world.half, token) {
         (Half::Plain, _) => world.fds.close_recorded(keep.map(Held::number)),
         (Half::Carefork, token) => {
@@ -195,7 +202,11 @@ pub(crate) fn run(world: &'static World, who: usize) -> Tally {
         if over && forker.pending.is_empty() {
             return forker.tally;
         }
-        if !over && let Some(slot) = forker.free.pop() {
+        let moving = forker.pending.iter().filter(|p| p.moved.elapsed() < STILL).count();
+        if !over
+            && moving < MOVING
+            && let Some(slot) = forker.free.pop()
+        {
             forker.fork(slot);
         } else {
             std::thread::sleep(Duration::from_micros(200));
