@@ -10,6 +10,8 @@ mod once;
 mod rwlock;
 pub(crate) mod word_mutex;
 pub(crate) mod word_rw;
+#[cfg(test)]
+mod word_tests;
 
 pub use condvar::{Condvar, RawCondvar, WaitTimeoutResult};
 pub use lazy::LazyLock;

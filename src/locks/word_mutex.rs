@@ -33,6 +33,12 @@ impl WordMutex {
         Self { word: AtomicU32::new(0) }
     }
 
+    /// As a child may find it.
+    #[cfg(test)]
+    pub(super) fn holding(word: u32) -> Self {
+        Self { word: AtomicU32::new(word) }
+    }
+
     #[cfg(loom)]
     pub(crate) fn new() -> Self {
         Self { word: AtomicU32::new(0) }

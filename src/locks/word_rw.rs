@@ -22,12 +22,12 @@ use crate::sync::{self, AtomicU32, Ordering, Wake};
 
 use Ordering::{Acquire, Relaxed, Release};
 
-const WRITER: u32 = 1 << 31;
+pub(super) const WRITER: u32 = 1 << 31;
 const READERS_WAIT: u32 = 1 << 30;
 const WRITERS_WAIT: u32 = 1 << 29;
 const UPGRADER_WAITS: u32 = 1 << 28;
 const UPGRADABLE: u32 = 1 << 27;
-const COUNT: u32 = UPGRADABLE - 1;
+pub(super) const COUNT: u32 = UPGRADABLE - 1;
 const WAITS: u32 = READERS_WAIT | WRITERS_WAIT | UPGRADER_WAITS;
 
 const LOOKS: u32 = if cfg!(loom) { 0 } else { 40 };
@@ -40,6 +40,10 @@ pub(crate) struct WordRw {
     /// The generation (its low bits) in which the first of the present readers came.
     born: AtomicU32,
 }
+
+/// The lowest of the waiting bits.
+#[cfg(test)]
+pub(super) const FIRST_WAIT: u32 = UPGRADER_WAITS;
 
 /// Who sleeps, in the futex's bits.
 const READERS: u32 = 1;
@@ -99,6 +103,12 @@ impl WordRw {
     #[cfg(not(loom))]
     pub(crate) const fn new() -> Self {
         Self { word: AtomicU32::new(0), born: AtomicU32::new(0) }
+    }
+
+    /// As a child may find it.
+    #[cfg(test)]
+    pub(super) fn holding(word: u32, born: u32) -> Self {
+        Self { word: AtomicU32::new(word), born: AtomicU32::new(born) }
     }
 
     #[cfg(loom)]
