@@ -4,9 +4,10 @@
 //! | bits  | meaning                                                                                   |
 //! |-------|-------------------------------------------------------------------------------------------|
 //! | 0-1   | 0 not registered, 1 [`Kind::Cleanup`], 2 [`Kind::Close`]                                  |
-//! | 2-31  | generation: moved on by each registration, kept by all else                               |
+//! | 2     | registered while a dirty fork was under way (below)                                       |
+//! | 3-31  | generation: moved on by each registration, kept by all else                               |
 //!
-//! The word as registered is the `CareFd`'s *stamp*: it is live while the word equals it. A child that closes a number
+//! The word as registered, without bit 2, is the `CareFd`'s *stamp*: it is live while the word equals it. A child that closes a number
 //! clears bits 0-1, so that the stamp never fits again, also when the number is in use once more.
 //!
 //! # Who writes
@@ -14,12 +15,20 @@
 //! registering is plain loads and stores. From one owner to the next the kernel orders them (close and open of one
 //! number go through one lock). In a child, the thread that cleans up.
 //!
+//! # Dirty forks
+//! The kernel copies the descriptors before the memory, milliseconds before in a large process. After a dirty fork, during
+//! which other threads go on, a child may so find a number registered that was another's when the descriptors were copied:
+//! closing it would close a stranger's (G6). So what is registered while one is under way is marked, and its child
+//! forgets what is marked. `dirty_begins` and `register` pair like the gate's shutting and entering: either the owner sees
+//! the fork and marks, or the open was over before the descriptors were copied.
+//!
 //! # Memory
 //! Words lie in chunks of 64 KiB that are mapped when first needed and never unmapped; a page of them that was never
 //! written costs nothing.
 
 #![allow(unsafe_code)]
 
+use crate::sync::{fence_by_other_means, heavy_fence, light_fence};
 use crate::{sys, sys_close};
 use std::io;
 use std::os::fd::RawFd;
@@ -34,7 +43,8 @@ const CHUNKS: usize = (1 << 31) / CHUNK as usize;
 const LINE: u32 = 16;
 
 const KIND: u32 = 3;
-const GENERATION: u32 = 4;
+const MARK: u32 = 4;
+const GENERATION: u32 = 8;
 
 /// The registry of this process.
 pub(crate) static TABLE: CareTable = CareTable::new();
@@ -45,6 +55,17 @@ pub(crate) static TABLE: CareTable = CareTable::new();
 pub(crate) enum Kind {
     Cleanup = 1,
     Close = 2,
+}
+
+impl Kind {
+    /// What a word or stamp says; `None` if it is not registered.
+    pub(crate) fn of(word: u32) -> Option<Kind> {
+        match word & KIND {
+            0 => None,
+            1 => Some(Kind::Cleanup),
+            _ => Some(Kind::Close),
+        }
+    }
 }
 
 /// What a number's word says to who holds a stamp.
@@ -115,6 +136,8 @@ pub(crate) struct CareTable {
     /// By kind: one more than the highest number ever registered. Numbers are given out lowest first, so this is written
     /// a few times in a process's life and then only read.
     above: [AtomicU32; 2],
+    /// Dirty forks under way.
+    dirty: AtomicU32,
     /// What each number referred to when it was registered: a hash, 0 if that could not be told.
     #[cfg(debug_assertions)]
     identities: Words,
@@ -125,6 +148,7 @@ impl CareTable {
         Self {
             words: Words::new(),
             above: [const { AtomicU32::new(0) }; 2],
+            dirty: AtomicU32::new(0),
             #[cfg(debug_assertions)]
             identities: Words::new(),
         }
@@ -143,8 +167,10 @@ impl CareTable {
         if above.load(Relaxed) <= fd as u32 {
             above.fetch_max(fd as u32 + 1, Relaxed);
         }
-        let stamp = (before & !KIND).wrapping_add(GENERATION) | kind as u32;
-        word.store(stamp, Release);
+        let stamp = (before & !(KIND | MARK)).wrapping_add(GENERATION) | kind as u32;
+        light_fence();
+        let mark = if self.dirty.load(Relaxed) == 0 { 0 } else { MARK };
+        word.store(stamp | mark, Release);
         Ok(stamp)
     }
 
@@ -153,7 +179,7 @@ impl CareTable {
     #[inline]
     pub(crate) fn unregister(&self, fd: RawFd, stamp: u32) -> bool {
         match self.words.get(fd) {
-            Some(word) if word.load(Relaxed) == stamp => {
+            Some(word) if word.load(Relaxed) & !MARK == stamp => {
                 word.store(stamp & !KIND, Release);
                 true
             }
@@ -164,13 +190,13 @@ impl CareTable {
     /// Whether the registration that gave `stamp` still holds here: `fd` is open and the same. Async-signal-safe.
     #[inline(always)]
     pub(crate) fn is_live(&self, fd: RawFd, stamp: u32) -> bool {
-        self.words.get(fd).is_some_and(|word| word.load(Relaxed) == stamp)
+        self.words.get(fd).is_some_and(|word| word.load(Relaxed) & !MARK == stamp)
     }
 
     /// As `is_live`, and why not.
     pub(crate) fn state(&self, fd: RawFd, stamp: u32) -> State {
         match self.words.get(fd).map_or(0, |word| word.load(Relaxed)) {
-            word if word == stamp => State::Live,
+            word if word & !MARK == stamp => State::Live,
             word if word & KIND == 0 => State::Closed,
             _ => State::Taken,
         }
@@ -179,17 +205,15 @@ impl CareTable {
     /// When children close `fd`, if it is registered.
     #[cfg_attr(not(test), allow(dead_code, reason = "for audit()"))]
     pub(crate) fn kind(&self, fd: RawFd) -> Option<Kind> {
-        match self.words.get(fd)?.load(Relaxed) & KIND {
-            0 => None,
-            1 => Some(Kind::Cleanup),
-            _ => Some(Kind::Close),
-        }
+        Kind::of(self.words.get(fd)?.load(Relaxed))
     }
 
     /// Calls `f` with each registered number of `kinds`, rising. Async-signal-safe if `f` is.
     pub(crate) fn each(&self, kinds: &[Kind], mut f: impl FnMut(RawFd, Kind)) {
         self.scan(kinds, |fd, word| {
-            f(fd as RawFd, if word.load(Relaxed) & KIND == Kind::Close as u32 { Kind::Close } else { Kind::Cleanup });
+            if let Some(kind) = Kind::of(word.load(Relaxed)) {
+                f(fd as RawFd, kind);
+            }
         });
     }
 
@@ -236,6 +260,30 @@ impl CareTable {
         (closed, kept)
     }
 
+    /// Before a dirty fork, in its prepare handler: from here on registrations are marked. Async-signal-safe.
+    fn dirty_begins(&self) {
+        self.dirty.fetch_add(1, Relaxed);
+        if !heavy_fence() {
+            fence_by_other_means();
+        }
+    }
+
+    /// After it, in the parent. Marks stay: the child of another dirty fork leaks what bears one, which it may. Async-signal-safe.
+    fn dirty_ends(&self) {
+        self.dirty.fetch_sub(1, Relaxed);
+    }
+
+    /// After it, in the child, before anything is closed: what is marked is not registered here. Async-signal-safe.
+    fn dirty_child(&self) {
+        self.dirty.store(0, Relaxed);
+        self.scan(&[Kind::Cleanup, Kind::Close], |_, word| {
+            let w = word.load(Relaxed);
+            if w & MARK != 0 {
+                word.store(w & !(KIND | MARK), Relaxed);
+            }
+        });
+    }
+
     /// Each word of `kinds` up to the highest ever, a cache line at a time, skipping chunks that were never needed.
     fn scan(&self, kinds: &[Kind], mut f: impl FnMut(u32, &AtomicU32)) {
         let mask = kinds.iter().fold(0, |m, &k| m | k as u32);
@@ -274,6 +322,19 @@ fn in_sorted(list: &[RawFd]) -> impl FnMut(RawFd) -> bool + '_ {
 /// In every child, at the fork: closes what is [`Kind::Close`]. Programs without any pay two loads. Async-signal-safe.
 pub(crate) fn close_at_fork() {
     TABLE.close_runs(&[Kind::Close], |_| false, sys::close_range);
+}
+
+/// See `CareTable`'s functions of these names.
+pub(crate) fn dirty_begins() {
+    TABLE.dirty_begins();
+}
+
+pub(crate) fn dirty_ends() {
+    TABLE.dirty_ends();
+}
+
+pub(crate) fn dirty_child() {
+    TABLE.dirty_child();
 }
 
 /// A noexec child's clean-up: closes every care-fd that the sorted `keep` does not name, also the ones to be closed at the

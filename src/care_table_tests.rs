@@ -72,7 +72,7 @@ fn the_generation_survives_a_clean_up() {
 fn the_generation_goes_round_without_touching_the_kind() {
     let t = table!();
     t.register(7, Kind::Cleanup).unwrap();
-    t.words.get(7).unwrap().store(u32::MAX & !KIND, Relaxed);
+    t.words.get(7).unwrap().store(u32::MAX & !(KIND | MARK), Relaxed);
     let stamp = t.register(7, Kind::Close).unwrap();
     assert_eq!(stamp, Kind::Close as u32);
     assert!(t.is_live(7, stamp));
@@ -163,6 +163,41 @@ fn threads_that_need_the_same_chunk_at_once_share_one() {
     });
     assert!(stamps.iter().all(|&(fd, stamp)| t.is_live(fd, stamp)));
     assert_eq!(runs(t, BOTH, &[]).0, [(0, 7)]);
+}
+
+#[test]
+fn what_is_registered_during_a_dirty_fork_its_child_leaves_alone() {
+    let t = table!();
+    let before = t.register(10, Kind::Cleanup).unwrap();
+    t.dirty_begins();
+    let (during, close) = (t.register(11, Kind::Cleanup).unwrap(), t.register(12, Kind::Close).unwrap());
+    assert!(t.is_live(10, before) && t.is_live(11, during) && t.is_live(12, close), "in the parent all are live");
+    assert_eq!(t.state(11, during), State::Live);
+    assert_eq!(t.count(), 3);
+
+    t.dirty_child();
+    assert!(t.is_live(10, before));
+    assert_eq!((t.state(11, during), t.state(12, close)), (State::Closed, State::Closed));
+    assert_eq!(runs(t, BOTH, &[]), (vec![(10, 10)], (1, 0)));
+    let after = t.register(11, Kind::Cleanup).unwrap();
+    t.dirty_child();
+    assert!(t.is_live(11, after), "what comes after is not marked");
+}
+
+#[test]
+fn a_mark_does_not_outlive_its_registration_nor_keep_it_from_later_clean_ups() {
+    let t = table!();
+    t.dirty_begins();
+    let stamp = t.register(10, Kind::Cleanup).unwrap();
+    t.dirty_ends();
+    assert!(t.unregister(10, stamp));
+    let again = t.register(10, Kind::Cleanup).unwrap();
+    assert_ne!(stamp, again);
+    assert_eq!(runs(t, BOTH, &[]).0, [(10, 10)]);
+    t.dirty_begins();
+    t.register(11, Kind::Cleanup).unwrap();
+    t.dirty_ends();
+    assert_eq!(runs(t, BOTH, &[]).0, [(11, 11)], "the child of a clean fork closes it");
 }
 
 /// Against a set, over random registrations, clean-ups and keeps.

@@ -4,7 +4,7 @@
 
 #[cfg(debug_assertions)]
 use crate::care_table;
-use crate::care_table::{Kind, TABLE};
+use crate::care_table::{Kind, State, TABLE};
 use crate::region::{NoForking, no_forking};
 use crate::{runtime, sys};
 use std::fmt;
@@ -42,8 +42,13 @@ impl OnFork {
 /// panics, also when the number is in use again. One that the child keeps ([`ForkOptions::keep`](crate::ForkOptions::keep)) stays
 /// registered there.
 ///
+/// `T`'s `as_fd` must be the descriptor that it owns, the same for as long as it lives.
+///
 /// A close that blocks (a lingering socket, NFS) keeps forks waiting like any region: where that may be, take the value out
 /// with [`CareFd::into_inner`] and drop it outside.
+///
+/// With debug assertions, a number that was closed or dup'ed over behind the owner's back is reported on fd 2 when the
+/// `CareFd` is dropped, and is not closed again (F6). Objects that share one inode (eventfd, epoll) are not told apart.
 ///
 /// ```
 /// use carefork::CareFd;
@@ -71,16 +76,35 @@ impl<T: AsFd + Into<OwnedFd>> CareFd<T> {
     /// Opens and registers in one region: no fork sees it half done. Close-on-exec is set on return, and from the start where
     /// `f` asks the kernel for it (std's functions do).
     ///
-    /// `f` must not block: wait outside, for instance poll(2) before a non-blocking accept inside.
+    /// `f` must not block, since forks wait for it: wait outside, and inside take what is there without waiting.
     ///
     /// # Errors
-    /// What `f` says; EBADF if what it made is not open; ENOMEM.
+    /// What `f` says; an error that names the number if what `f` made is not open, or there is no memory for its word
+    /// (64 KiB for each 16384 numbers). Nothing is registered then and nothing is left open. If `f` panics, the region ends
+    /// like any.
+    ///
+    /// # Panics
+    /// If there is no memory for the first region of a new thread.
     ///
     /// ```
     /// use carefork::CareFd;
-    /// use std::net::TcpListener;
+    /// use std::io::ErrorKind::WouldBlock;
+    /// use std::net::{TcpListener, TcpStream};
+    ///
     /// let listener = CareFd::open(|| TcpListener::bind("127.0.0.1:0"))?;
-    /// # drop(listener);
+    /// listener.set_nonblocking(true)?;
+    /// let client = CareFd::open({
+    ///     let address = listener.local_addr()?;
+    ///     move || TcpStream::connect(address)
+    /// })?;
+    /// let connection = loop {
+    ///     match CareFd::open(|| Ok(listener.accept()?.0)) {
+    ///         // Here poll(2) or an event loop waits, outside.
+    ///         Err(e) if e.kind() == WouldBlock => std::thread::yield_now(),
+    ///         other => break other?,
+    ///     }
+    /// };
+    /// # drop((client, connection));
     /// # Ok::<(), std::io::Error>(())
     /// ```
     #[track_caller]
@@ -109,9 +133,7 @@ impl<T: AsFd + Into<OwnedFd>> CareFd<T> {
     /// # Ok::<(), std::io::Error>(())
     /// ```
     #[track_caller]
-    pub fn open_pair<U: AsFd + Into<OwnedFd>>(
-        f: impl FnOnce() -> io::Result<(T, U)>,
-    ) -> io::Result<(Self, CareFd<U>)> {
+    pub fn open_pair<U: AsFd + Into<OwnedFd>>(f: impl FnOnce() -> io::Result<(T, U)>) -> io::Result<(Self, CareFd<U>)> {
         let region = no_forking();
         let (a, b) = f()?;
         Ok((region.care(a)?, region.care(b)?))
@@ -151,8 +173,8 @@ impl<T: AsFd + Into<OwnedFd>> CareFd<T> {
     /// If this child closed it.
     #[track_caller]
     pub fn into_inner(self) -> T {
-        let fd = self.fd;
-        self.try_into_inner().unwrap_or_else(|| dead(fd))
+        let (fd, stamp) = (self.fd, self.stamp);
+        self.try_into_inner().unwrap_or_else(|| dead(fd, stamp))
     }
 
     /// Hands the value over, or `None` if this child closed it.
@@ -164,6 +186,8 @@ impl<T: AsFd + Into<OwnedFd>> CareFd<T> {
         }
         TABLE.unregister(this.fd, this.stamp);
         drop(region);
+        // Said here, where the mistake can still be told from what the new owner does.
+        let _said = still_ours(this.fd);
         // SAFETY: `this` is neither dropped nor used again.
         Some(unsafe { ManuallyDrop::take(&mut this.value) })
     }
@@ -184,10 +208,20 @@ impl<T: AsFd + Into<OwnedFd>> CareFd<T> {
 /// The descriptor is not to be touched: it may be anybody's by now.
 #[cold]
 #[track_caller]
-fn dead(fd: RawFd) -> ! {
+fn dead(fd: RawFd, stamp: u32) -> ! {
+    let taken = match TABLE.state(fd, stamp) {
+        State::Taken => "; its number is another care-fd's by now",
+        State::Closed | State::Live => "",
+    };
+    if Kind::of(stamp) == Some(Kind::Close) {
+        panic!(
+            "care-fd {fd} was closed in this child at the fork (OnFork::Close){taken}; open it again, or register it \
+             with OnFork::Cleanup and keep it with ForkOptions::keep"
+        )
+    }
     panic!(
-        "care-fd {fd} was closed in this child by carefork (see OnFork); keep it with ForkOptions::keep, \
-         or open it again"
+        "care-fd {fd} was closed in this child by carefork's clean-up (OnFork::Cleanup){taken}; keep it with \
+         ForkOptions::keep, or open it again"
     )
 }
 
@@ -251,7 +285,7 @@ impl<T: AsFd + Into<OwnedFd>> Deref for CareFd<T> {
     #[inline]
     #[track_caller]
     fn deref(&self) -> &T {
-        self.get().unwrap_or_else(|| dead(self.fd))
+        self.get().unwrap_or_else(|| dead(self.fd, self.stamp))
     }
 }
 
@@ -315,9 +349,16 @@ impl<T> std::error::Error for AdoptError<T> {
     }
 }
 
+/// For `?`. The value is dropped, unless its number is not open: closing that could only hit a stranger's.
+///
+/// The text names the number; the kernel's error is its [`source`](std::error::Error::source).
 impl<T> From<AdoptError<T>> for io::Error {
     fn from(e: AdoptError<T>) -> io::Error {
-        e.error
+        let AdoptError { error, value, fd } = e;
+        if error.raw_os_error() == Some(libc::EBADF) {
+            std::mem::forget(value);
+        }
+        io::Error::new(error.kind(), AdoptError { error, value: (), fd })
     }
 }
 
