@@ -214,7 +214,7 @@ fn in_a_storm(f: impl FnOnce()) -> u64 {
                 unsafe { libc::kill(0, signals[i % signals.len()]) };
                 // Not so dense that a child on a busy machine comes to nothing but handlers.
                 if i % 4 == 0 {
-                    thread::sleep(Duration::from_micros(150));
+                    thread::sleep(Duration::from_micros(400));
                 }
             }
         });
