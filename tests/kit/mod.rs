@@ -128,7 +128,6 @@ pub struct State {
     caught: u64,
     handlers: Vec<(usize, i32)>,
     fds: Vec<i32>,
-    threads: u32,
 }
 
 impl State {
@@ -140,7 +139,6 @@ impl State {
             caught: status.sig_cgt,
             handlers: (1..=64).map(disposition).collect(),
             fds: common::self_fds().as_slice().to_vec(),
-            threads: status.threads,
         }
     }
 }
