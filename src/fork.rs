@@ -278,4 +278,3 @@ unsafe fn once(me: &Slot, request: &mut Request) -> std::io::Result<u32> {
     me.request.store(std::ptr::null_mut(), Relaxed);
     end
 }
-

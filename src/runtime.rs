@@ -124,6 +124,8 @@ struct Passage {
     errno_at: *mut i32,
     /// Something was left out: budget, veto.
     dirty: bool,
+    /// The gate is open: the registry marks what is registered meanwhile.
+    marking: bool,
     /// The mask from before, while signals are blocked.
     mask: Option<sys::SigSet>,
     /// In the child: the coordinated fork that made it.
@@ -137,6 +139,7 @@ impl Passage {
         errno: 0,
         errno_at: std::ptr::null_mut(),
         dirty: false,
+        marking: false,
         mask: None,
         request: std::ptr::null_mut(),
     };
@@ -548,6 +551,10 @@ fn prepare_foreign(me: &Slot, passage: &mut Passage) {
             STATE.count.unreported.fetch_add(1, Relaxed);
         }
     }
+    if passage.stage == Stage::Dirty {
+        passage.marking = true;
+        care_table::dirty_begins();
+    }
     if passage.stage == Stage::Dirty
         && let Some(mask) = passage.mask.take()
     {
@@ -577,6 +584,9 @@ extern "C" fn on_parent() {
         ours = STATE.gate.reopen(shut);
         STATE.gate.drop_role(me);
     }
+    if passage.marking {
+        care_table::dirty_ends();
+    }
     pass_mask(passage, request, ours);
     passage.stage = Stage::None;
     sys::set_errno(if errno == 0 { passage.errno } else { errno });
@@ -591,6 +601,7 @@ fn has_failed(errno: i32) -> bool {
 /// The mask is put back at once after a foreign fork; `fork` does it after a coordinated one, when it knows the child.
 fn pass_mask(passage: &mut Passage, request: Option<&mut Request>, ours: bool) {
     passage.dirty = false;
+    passage.marking = false;
     match (passage.mask.take(), request) {
         (mask, Some(request)) => {
             request.ask_child = !ours;
@@ -663,6 +674,9 @@ fn become_child(passage: &mut Passage) {
         STATE.hooks.finish(|h| hook::call(h, Phase::Child));
     } else {
         STATE.hooks.reset();
+    }
+    if passage.marking {
+        care_table::dirty_child();
     }
     if STATE.closes_at_fork.load(Relaxed) {
         care_table::close_at_fork();

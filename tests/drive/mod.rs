@@ -184,7 +184,7 @@ pub fn no_child_left() -> bool {
 /// Sends a signal to one thread of this process.
 pub fn signal_thread(tid: i32, signal: i32) {
     // SAFETY: takes no pointers.
-    unsafe { libc::syscall(libc::SYS_tgkill, libc::getpid(), tid, signal) };
+    unsafe { libc::syscall(libc::SYS_tgkill, std::process::id(), tid, signal) };
 }
 
 /// Installs a handler.
