@@ -236,6 +236,9 @@ pub(crate) struct Gate<S> {
     role: AtomicU32,
     queued: AtomicU32,
     tickets: AtomicU32,
+    /// Moves on when the role is given back or a turn given up. Those who queue sleep on it: `role` itself may have been
+    /// taken and given back between their look and their sleep.
+    turn: AtomicU32,
     /// Copied to children: once left behind, a lock stays held.
     ghosts: AtomicU32,
     /// How often a waiter reopened the gate, and the whole time regions waited, for `stats`.
@@ -257,6 +260,7 @@ impl<S: Seats> Gate<S> {
             role: AtomicU32::new(0),
             queued: AtomicU32::new(0),
             tickets: AtomicU32::new(0),
+            turn: AtomicU32::new(0),
             ghosts: AtomicU32::new(0),
             reopened: AtomicU64::new(0),
             seats,
@@ -409,6 +413,8 @@ impl<S: Seats> Gate<S> {
         me.looked.store(me.looked.load(Relaxed).wrapping_add(1), Relaxed);
         // Release pairs with the Acquire in `look`: who sees the owner sees the address.
         me.waits_for.store(owner, Release);
+        // Pairs with the one in `shut`: the forker sees the owner, or this sees the forker.
+        fence(SeqCst);
         if self.role.load(Relaxed) == owner {
             self.nudge();
         }
@@ -438,13 +444,16 @@ impl<S: Seats> Gate<S> {
     /// passes.
     pub(crate) fn take_role(&self, me: &Slot, deadline: Option<u64>) -> bool {
         me.ticket.store(self.tickets.fetch_add(1, Relaxed), Relaxed);
-        me.fork.store(QUEUED, SeqCst);
+        // Counted for as long as it says QUEUED: a forker that gives way to this thread then queues behind it, also where it is
+        // slow to go on.
         self.queued.fetch_add(1, SeqCst);
+        me.fork.store(QUEUED, SeqCst);
         if me.depth() != 0 {
             self.nudge();
         }
         let mut patient = true;
         let got = loop {
+            let turn = self.turn.load(Acquire);
             let holder = self.role.load(Acquire);
             if holder == 0 && (!patient || self.first_in_line(me)) {
                 // Acquire pairs with `drop_role`'s Release: the hook list is as the last holder left it.
@@ -453,12 +462,13 @@ impl<S: Seats> Gate<S> {
                 }
                 continue;
             }
-            // A free role that another is to take: it is awake, or will be in a moment.
+            // A free role that another is to take: it is awake, or will be in a moment. The time is for a turn misjudged, as
+            // by a signal handler's region on a thread that queues.
             let until = match (holder, deadline) {
                 (0, d) => Some(d.unwrap_or(u64::MAX).min(sync::now() + COURTESY)),
                 (_, d) => d,
             };
-            let woke = sync::futex_wait(&self.role, holder, ANY, until);
+            let woke = sync::futex_wait(&self.turn, turn, ANY, until);
             if woke == Wake::TimedOut {
                 if deadline.is_some_and(|d| sync::now() >= d) {
                     break false;
@@ -466,11 +476,11 @@ impl<S: Seats> Gate<S> {
                 patient = false;
             }
         };
-        self.queued.fetch_sub(1, SeqCst);
         me.fork.store(if got { OWNER } else { NONE }, SeqCst);
+        self.queued.fetch_sub(1, SeqCst);
         if !got {
             // Others may have waited for this thread to take its turn.
-            sync::futex_wake(&self.role, u32::MAX, ANY);
+            self.next_turn();
         }
         got
     }
@@ -487,10 +497,15 @@ impl<S: Seats> Gate<S> {
 
     fn release_role(&self) {
         self.role.store(0, Release);
-        // Pairs with the kernel's own between `take_role` calling it and its look at the role.
+        self.next_turn();
+    }
+
+    fn next_turn(&self) {
+        self.turn.fetch_add(1, AcqRel);
+        // Pairs with the kernel's own between `take_role` calling it and its look at the word.
         fence(SeqCst);
         if self.queued.load(Relaxed) != 0 {
-            sync::futex_wake(&self.role, u32::MAX, ANY);
+            sync::futex_wake(&self.turn, u32::MAX, ANY);
         }
     }
 
@@ -672,7 +687,8 @@ impl<S: Seats> Gate<S> {
     pub(crate) fn reset(&self) {
         let w = self.word.load(Relaxed);
         self.word.store((w & !STATE).wrapping_add(EPOCH) | self.mode.load(Relaxed), Relaxed);
-        for word in [&self.waiters, &self.courteous, &self.drain, &self.sleeping, &self.role, &self.queued] {
+        for word in [&self.waiters, &self.courteous, &self.drain, &self.sleeping, &self.role, &self.queued, &self.turn]
+        {
             word.store(0, Relaxed);
         }
         fence(SeqCst);

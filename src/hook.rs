@@ -245,7 +245,7 @@ impl Phase {
     }
 }
 
-/// How long a lock is tried with the gate shut before the fork goes the other way round.
+/// How often a lock is tried in a row.
 const TRIES: u32 = 64;
 /// The first and the longest pause between two tries with the gate open, in ns.
 const PAUSES: (u64, u64) = (20_000, 1_000_000);
@@ -305,22 +305,30 @@ pub(crate) fn prepare(
 
 /// Takes a foreign lock: a few tries with the gate shut; with the gate open, tries with growing pauses until the time is up.
 ///
-/// Its own wait would be fairer, but most locks offer none with an end, and the budget is a promise (G6).
+/// Its own wait would be fairer, but most locks offer none with an end, and the budget is a promise (G6). A lock that others
+/// take again and again is free for an instant at a time, so it is tried many times in a row, not once a pause.
 fn take(lock: &dyn Foreign, how: How) -> bool {
-    for _ in 0..TRIES {
-        if lock.take() {
-            return true;
-        }
-        std::hint::spin_loop();
+    if take_soon(lock) {
+        return true;
     }
     let How::Wait(until) = how else { return false };
     let mut pause = PAUSES.0;
     while !hooks().is_left() && clock::now() < until {
         sys::sleep(pause);
-        if lock.take() {
+        if take_soon(lock) {
             return true;
         }
         pause = (pause * 2).min(PAUSES.1);
+    }
+    false
+}
+
+fn take_soon(lock: &dyn Foreign) -> bool {
+    for _ in 0..TRIES {
+        if lock.take() {
+            return true;
+        }
+        std::hint::spin_loop();
     }
     false
 }

@@ -121,6 +121,8 @@ impl<T> HookList<T> {
             return;
         }
         self.leaving.fetch_add(1, SeqCst);
+        // Pairs with the one in `fell`: it sees the count, or this sees `progress`.
+        fence(SeqCst);
         loop {
             let event = self.event.load(SeqCst);
             // Acquire pairs with the Release in `fell`: what the hook did is visible to who drops it.

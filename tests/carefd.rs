@@ -508,6 +508,54 @@ fn no_child_ever_inherits_one() {
     });
 }
 
+/// The kernel copies descriptors first and memory after: in between, a stranger's number can become a care-fd's. A large
+/// process makes that long.
+#[test]
+fn the_child_of_a_dirty_fork_closes_no_strangers() {
+    isolated("the_child_of_a_dirty_fork_closes_no_strangers", 60, || {
+        static STOP: AtomicBool = AtomicBool::new(false);
+        let ballast = vec![1u8; 128 << 20];
+        carefork::set_foreign_budget(Some(Duration::from_millis(1)));
+        let (ready, entered) = std::sync::mpsc::channel();
+        let thread = thread::spawn(move || {
+            let region = no_forking();
+            ready.send(()).expect("the test waits");
+            while !STOP.load(SeqCst) {
+                let stranger = File::open("/dev/zero").expect("open");
+                drop(stranger);
+                drop(region.care(null().expect("open")).expect("adopted"));
+            }
+        });
+        entered.recv().expect("the thread runs");
+        let zero = std::fs::metadata("/dev/zero").map(|m| { use std::os::unix::fs::MetadataExt as _; m.rdev() }).expect("/dev/zero");
+        let is_zero = |fd: RawFd| {
+            // SAFETY: stat is plain data.
+            let mut st: libc::stat = unsafe { std::mem::zeroed() };
+            // SAFETY: `st` is live.
+            unsafe { libc::fstat(fd, &raw mut st) == 0 && st.st_rdev == zero }
+        };
+        let mut strangers = 0;
+        for _ in 0..150 {
+            let pid = kit::foreign(|| {
+                check(1, carefork::lineage().dirty);
+                let held = is_zero(3);
+                // SAFETY: nothing is borrowed.
+                check(2, unsafe { postfork_child_noexec() }.is_ok());
+                check(3, !held || is_zero(3));
+                if held { 10 } else { 0 }
+            });
+            match common::reap(pid, SOON) {
+                common::Verdict::Exited(10) => strangers += 1,
+                other => assert_eq!(other, common::Verdict::Exited(0)),
+            }
+        }
+        STOP.store(true, SeqCst);
+        thread.join().expect("no panic");
+        println!("{strangers} children had a stranger's");
+        drop(ballast);
+    });
+}
+
 // -- F6: behind the library's back
 
 #[cfg(debug_assertions)]

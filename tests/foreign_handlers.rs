@@ -190,8 +190,10 @@ fn a_failed_fork_undoes() {
 #[test]
 fn handlers_may_leave_any_errno() {
     fn spoil() {
+        // SAFETY: takes nothing.
+        let errno = unsafe { libc::__errno_location() };
         // SAFETY: the location is this thread's own.
-        unsafe { *libc::__errno_location() = libc::EBADF };
+        unsafe { *errno = libc::EBADF };
     }
     isolated("handlers_may_leave_any_errno", 30, || {
         early([spoil, spoil, spoil]);

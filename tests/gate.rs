@@ -555,8 +555,10 @@ fn the_mask_comes_back_exactly() {
 fn errno_is_as_after_fork() {
     isolated("errno_is_as_after_fork", 30, || {
         let set = |e| {
+            // SAFETY: takes nothing.
+            let errno = unsafe { libc::__errno_location() };
             // SAFETY: the location is this thread's own.
-            unsafe { *libc::__errno_location() = e }
+            unsafe { *errno = e }
         };
         set(libc::EXDEV);
         let pid = foreign(|| i32::from(raw::errno() != libc::EXDEV));

@@ -1,0 +1,83 @@
+//! Bounds and budgets (G6, G11): time-outs are interleavings.
+
+use super::*;
+
+/// Threads that wait for each other inside regions while a third forks: A, in a region, waits for B's message; B needs a
+/// region of its own before it sends. The program runs on, and the fork comes to an end.
+#[test]
+fn waiting_for_each_other_inside_regions() {
+    check(2, || {
+        let w = World::reopening(3);
+        let message = Arc::new(AtomicU32::new(0));
+        let sends = Arc::clone(&message);
+        let a = w.thread(1, move |w, me| {
+            w.enter(me, GUARD);
+            while message.load(Ordering::Acquire) == 0 {
+                sync::futex_wait(&message, 0, sync::ANY, None);
+            }
+            w.leave(me, GUARD);
+        });
+        let b = w.thread(2, move |w, me| {
+            w.region(me);
+            sends.store(1, Ordering::Release);
+            sync::futex_wake(&sends, 1, sync::ANY);
+        });
+        let clock = Clock::start(FIRST_BOUND);
+        let ended = w.fork(w.seat(0), &mut NoHooks, Some(6 * FIRST_BOUND));
+        assert!(matches!(ended, Ended::Forked | Ended::Not(Outcome::Busy) | Ended::Reopened), "{ended:?}");
+        a.join().unwrap();
+        b.join().unwrap();
+        clock.stop();
+    });
+}
+
+/// A waiter past the bound reopens the gate, even after commitment: the child's copy says so.
+#[test]
+fn reopened_after_commitment() {
+    check(2, || {
+        let w = World::reopening(2);
+        let a = w.thread(1, |w, me| {
+            w.region(me);
+            w.region(me);
+        });
+        let clock = Clock::start(2 * crate::gate::LAST_BOUND);
+        let plan = Plan { coordinated: true, deadline: None, let_go_at: None, bound: FIRST_BOUND };
+        w.fork_once(w.seat(0), &mut NoHooks, &plan);
+        a.join().unwrap();
+        clock.stop();
+    });
+}
+
+/// A region that never ends within the budget: `Busy`, with nothing left shut.
+#[test]
+fn budget() {
+    check(2, || {
+        let w = World::reopening(2);
+        w.gate.enter(w.seat(1), GUARD);
+        let clock = Clock::start(FIRST_BOUND);
+        assert_eq!(w.fork(w.seat(0), &mut NoHooks, Some(2 * FIRST_BOUND)), Ended::Not(Outcome::Busy));
+        assert!(w.gate.try_enter(w.seat(0), GUARD));
+        w.gate.leave(w.seat(0), GUARD);
+        w.gate.leave(w.seat(1), GUARD);
+        clock.stop();
+    });
+}
+
+/// A wait with an end at the gate: over in time, and either in the region or not.
+#[test]
+fn waiting_with_an_end() {
+    check(2, || {
+        let w = World::reopening(2);
+        let a = w.thread(1, |w, me| {
+            if w.gate.enter_until(me, GUARD, Some(FIRST_BOUND / 2)) {
+                w.acts(me, 1);
+                w.leave(me, GUARD);
+            }
+            assert_eq!(me.depth(), 0);
+        });
+        let clock = thread::spawn(|| sync::advance(FIRST_BOUND / 2));
+        w.fork(w.seat(0), &mut NoHooks, None);
+        a.join().unwrap();
+        clock.join().unwrap();
+    });
+}

@@ -1,0 +1,155 @@
+//! Regions and one forker (G1, G2, G7, G12). No clock: nothing here may need a time-out.
+
+use super::*;
+
+/// Two regions and a fork: at its instant nobody else is in a region.
+#[test]
+fn two_regions_and_a_forker() {
+    check(2, || {
+        let w = World::new(3);
+        let a = w.thread(1, World::region);
+        let b = w.thread(2, World::region);
+        assert_eq!(w.fork(w.seat(0), &mut NoHooks, None), Ended::Forked);
+        a.join().unwrap();
+        b.join().unwrap();
+    });
+}
+
+/// Back to back: who waited looks at the gate again, and is let in between two forks.
+#[test]
+fn regions_between_two_forks() {
+    check(2, || {
+        let w = World::new(2);
+        let a = w.thread(1, |w, me| {
+            w.region(me);
+            w.region(me);
+        });
+        assert_eq!(w.fork(w.seat(0), &mut NoHooks, None), Ended::Forked);
+        assert_eq!(w.fork(w.seat(0), &mut NoHooks, None), Ended::Forked);
+        a.join().unwrap();
+    });
+}
+
+/// Without membarrier each region carries its own fence.
+#[test]
+fn without_membarrier() {
+    check_with(2, false, || {
+        let w = World::new(2);
+        w.gate.use_fences();
+        let a = w.thread(1, |w, me| {
+            w.region(me);
+            w.region(me);
+        });
+        assert_eq!(w.fork(w.seat(0), &mut NoHooks, None), Ended::Forked);
+        a.join().unwrap();
+    });
+}
+
+/// A nested region never waits: with a shut gate that no clock reopens, waiting would be a deadlock.
+#[test]
+fn nesting() {
+    check(2, || {
+        let w = World::new(2);
+        let a = w.thread(1, |w, me| {
+            w.enter(me, GUARD);
+            w.enter(me, LOCK);
+            w.leave(me, GUARD);
+            w.enter(me, GUARD);
+            w.leave(me, LOCK);
+            w.leave(me, GUARD);
+        });
+        assert_eq!(w.fork(w.seat(0), &mut NoHooks, None), Ended::Forked);
+        a.join().unwrap();
+    });
+}
+
+/// `try_no_forking` in a signal handler: never waits, and what it says is true.
+#[test]
+fn trying() {
+    check(2, || {
+        let w = World::new(2);
+        let a = w.thread(1, |w, me| {
+            if w.gate.try_enter(me, GUARD) {
+                w.acts(me, 1);
+                w.leave(me, GUARD);
+            }
+            assert_eq!(me.depth(), 0);
+            w.enter(me, GUARD);
+            // Nested: says yes or no, but the outer region goes on.
+            if w.gate.try_enter(me, GUARD) {
+                w.leave(me, GUARD);
+            }
+            w.acts(me, 1);
+            w.leave(me, GUARD);
+        });
+        assert_eq!(w.fork(w.seat(0), &mut NoHooks, None), Ended::Forked);
+        a.join().unwrap();
+    });
+}
+
+/// A thread ends inside a region, or forces it open (G7): the forker that waits for it hears of it.
+#[test]
+fn end_inside_a_region() {
+    check(2, || {
+        let w = World::new(2);
+        let a = w.thread(1, |w, me| {
+            w.enter(me, GUARD);
+            w.enter(me, GUARD);
+            me.clear();
+            w.gate.left();
+        });
+        assert_eq!(w.fork(w.seat(0), &mut NoHooks, None), Ended::Forked);
+        a.join().unwrap();
+    });
+}
+
+/// The lock's wait outside the region (L2): a thread that waits for a lock holds up no fork, not even one by the holder.
+#[test]
+fn waiting_for_a_lock_outside_the_region() {
+    check(2, || {
+        let w = World::new(3);
+        let lock = Arc::new(AtomicU32::new(1));
+        let waits = Arc::clone(&lock);
+        let a = w.thread(1, World::region);
+        let b = w.thread(2, move |w, me| {
+            while waits.load(Ordering::Acquire) != 0 {
+                sync::futex_wait(&waits, 1, sync::ANY, None);
+            }
+            w.region(me);
+        });
+        w.enter(w.seat(0), LOCK);
+        assert_eq!(w.fork(w.seat(0), &mut NoHooks, None), Ended::Forked);
+        lock.store(0, Ordering::Release);
+        sync::futex_wake(&lock, u32::MAX, sync::ANY);
+        w.leave(w.seat(0), LOCK);
+        a.join().unwrap();
+        b.join().unwrap();
+    });
+}
+
+/// In the child only the forker goes on, and every operation with it, whatever the others were at.
+#[test]
+fn the_child_goes_on() {
+    check(2, || {
+        let w = World::with_child(2);
+        let a = w.thread(1, |w, me| {
+            w.region(me);
+            w.region(me);
+        });
+        assert_eq!(w.fork(w.seat(0), &mut NoHooks, None), Ended::Forked);
+        a.join().unwrap();
+    });
+}
+
+/// The same where the other is a forker.
+#[test]
+fn the_child_goes_on_after_another_forker() {
+    check(2, || {
+        let w = World::with_child(2);
+        let a = w.thread(1, |w, me| assert_eq!(w.fork(me, &mut NoHooks, None), Ended::Forked));
+        w.enter(w.seat(0), LOCK);
+        assert_eq!(w.fork(w.seat(0), &mut NoHooks, None), Ended::Forked);
+        w.leave(w.seat(0), LOCK);
+        a.join().unwrap();
+    });
+}

@@ -1,0 +1,84 @@
+//! What models need of the gate beyond its protocol: constructors that are not const, and the copy that a fork makes.
+//!
+//! A module of gate.rs, where the fields can be seen.
+
+use super::*;
+
+impl Slot {
+    /// A taken seat.
+    pub(crate) fn new(id: u32) -> Self {
+        Self {
+            depth: AtomicU64::new(0),
+            tid: AtomicU32::new(id),
+            id: AtomicU32::new(id),
+            fork: AtomicU32::new(NONE),
+            ticket: AtomicU32::new(0),
+            waits_for: AtomicU32::new(0),
+            looked: AtomicU32::new(0),
+            waits_at: AtomicPtr::new(std::ptr::null_mut()),
+            entered: AtomicPtr::new(std::ptr::null_mut()),
+            name: [AtomicU64::new(0), AtomicU64::new(0)],
+            request: AtomicPtr::new(std::ptr::null_mut()),
+        }
+    }
+
+    fn words(&self) -> [&AtomicU32; 6] {
+        [&self.tid, &self.id, &self.fork, &self.ticket, &self.waits_for, &self.looked]
+    }
+
+    pub(crate) fn copied(&self) -> Self {
+        let copy = Self::new(0);
+        copy.depth.store(self.depth.load(Acquire), Relaxed);
+        for (to, from) in copy.words().into_iter().zip(self.words()) {
+            to.store(from.load(Acquire), Relaxed);
+        }
+        copy
+    }
+}
+
+impl<S> Gate<S> {
+    pub(crate) fn new(seats: S) -> Self {
+        Self {
+            word: AtomicU32::new(OPEN),
+            mode: AtomicU32::new(OPEN),
+            deadline: AtomicU64::new(0),
+            waiters: AtomicU32::new(0),
+            courteous: AtomicU32::new(0),
+            drain: AtomicU32::new(0),
+            sleeping: AtomicU32::new(0),
+            role: AtomicU32::new(0),
+            queued: AtomicU32::new(0),
+            tickets: AtomicU32::new(0),
+            turn: AtomicU32::new(0),
+            reopened: AtomicU64::new(0),
+            ghosts: AtomicU32::new(0),
+            seats,
+        }
+    }
+
+    fn words(&self) -> [&AtomicU32; 10] {
+        [
+            &self.mode,
+            &self.waiters,
+            &self.courteous,
+            &self.drain,
+            &self.sleeping,
+            &self.role,
+            &self.queued,
+            &self.tickets,
+            &self.turn,
+            // Last: a fork's copy is causally closed. Whatever is in it, what led to it is in it too.
+            &self.word,
+        ]
+    }
+
+    /// The gate as a child finds it; `seats` were copied before.
+    pub(crate) fn copied(&self, seats: S) -> Self {
+        let copy = Self::new(seats);
+        copy.deadline.store(self.deadline.load(Acquire), Relaxed);
+        for (to, from) in copy.words().into_iter().zip(self.words()) {
+            to.store(from.load(Acquire), Relaxed);
+        }
+        copy
+    }
+}
