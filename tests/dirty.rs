@@ -40,8 +40,10 @@ fn catch_stderr() -> Caught {
     let before = unsafe { libc::fcntl(2, libc::F_DUPFD_CLOEXEC, 3) };
     // SAFETY: integers only; 2 is replaced for good by this test.
     assert_eq!(unsafe { libc::dup2(ends[1], 2) }, 2);
-    // SAFETY: the kernel just gave us these two numbers.
-    let (read, write) = unsafe { (OwnedFd::from_raw_fd(ends[0]), OwnedFd::from_raw_fd(ends[1])) };
+    // SAFETY: the kernel just gave us this number.
+    let read = unsafe { OwnedFd::from_raw_fd(ends[0]) };
+    // SAFETY: as above.
+    let write = unsafe { OwnedFd::from_raw_fd(ends[1]) };
     drop(write);
     // SAFETY: as above.
     let before = unsafe { OwnedFd::from_raw_fd(before) };

@@ -114,6 +114,8 @@ struct Pair(AtomicU64, AtomicU64);
 #[test]
 fn at_the_commitment_no_other_thread_is_in_a_region() {
     isolated("at_the_commitment_no_other_thread_is_in_a_region", 60, || {
+        // No budget ends here, however busy the machine.
+        freeze();
         let pairs = [const { Pair(AtomicU64::new(0), AtomicU64::new(0)) }; 3];
         let stop = AtomicBool::new(false);
         thread::scope(|s| {
@@ -458,6 +460,8 @@ fn pthread_exit_inside_a_region_ends_it() {
 #[test]
 fn threads_by_the_thousand_reuse_seats() {
     isolated("threads_by_the_thousand_reuse_seats", 60, || {
+        // No budget ends here, however busy the machine.
+        freeze();
         let stop = AtomicBool::new(false);
         thread::scope(|s| {
             let _end = Stop(&stop);
@@ -742,6 +746,8 @@ extern "C" fn tries(_: i32) {
 #[test]
 fn signal_handlers_try() {
     isolated("signal_handlers_try", 60, || {
+        // No budget ends here, however busy the machine.
+        freeze();
         on_signal(libc::SIGUSR1, tries);
         let (stop, pair) = (AtomicBool::new(false), Pair(AtomicU64::new(0), AtomicU64::new(0)));
         let tids: [AtomicI32; 3] = [const { AtomicI32::new(0) }; 3];
@@ -797,8 +803,9 @@ fn while_the_gate_is_shut_trying_fails() {
             s.spawn(|| ends_well(coordinated(|| 0).expect("a fork")));
             until_shut();
             // A thread that was never seen, too; and failing leaves nothing behind that would hold the fork up.
-            s.spawn(|| assert!(try_no_forking().is_none()));
+            let fresh = s.spawn(|| assert!(try_no_forking().is_none()));
             assert!((0..100).all(|_| try_no_forking().is_none()));
+            assert!(fresh.join().is_ok());
             busy.leave();
         });
         assert!(try_no_forking().is_some());
@@ -833,6 +840,8 @@ extern "C" fn enters_in_each_round(value: *mut libc::c_void) {
 #[test]
 fn regions_in_the_destructors_of_a_thread() {
     isolated("regions_in_the_destructors_of_a_thread", 60, || {
+        // No budget ends here, however busy the machine.
+        freeze();
         let mut key = 0;
         // SAFETY: the key is ours, the destructor is made for it.
         assert_eq!(unsafe { libc::pthread_key_create(&raw mut key, Some(enters_in_each_round)) }, 0);
