@@ -39,7 +39,7 @@ pub struct Cleanup {
 /// ```
 pub unsafe fn postfork_child_noexec() -> Result<Cleanup, NotAChild> {
     if runtime::generation() == 0 {
-        return Err(NotAChild);
+        return Err(NotAChild { private: () });
     }
     Ok(run(&[]))
 }

@@ -259,8 +259,10 @@ impl Text {
 
 /// [`postfork_child_noexec`](crate::postfork_child_noexec) was called in a process that no fork has made.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-#[non_exhaustive]
-pub struct NotAChild;
+pub struct NotAChild {
+    // A unit struct would be a name in a pattern, and match everything.
+    pub(crate) private: (),
+}
 
 impl fmt::Display for NotAChild {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {

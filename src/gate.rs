@@ -19,7 +19,7 @@
 //! see the other's store. The forker's `heavy_fence` (membarrier) makes both sides' accesses ordered, so that a
 //! region costs no fence of its own. The same pairing serves `leave` against a forker that goes to sleep.
 
-use crate::sync::{self, ANY, AtomicPtr, AtomicU32, AtomicU64, Ordering, Wake, fence, heavy_fence, light_fence};
+use crate::sync::{self, ANY, AtomicPtr, AtomicU32, AtomicU64, Ordering, Wake, fault, fence, heavy_fence, light_fence};
 use std::panic::Location;
 
 use Ordering::{AcqRel, Acquire, Relaxed, Release, SeqCst};
@@ -277,7 +277,9 @@ impl<S: Seats> Gate<S> {
         if d != 0 {
             return false;
         }
-        light_fence();
+        if !fault("enter_no_fence") {
+            light_fence();
+        }
         // Acquire pairs with the opening's Release: this region sees what the forker's hooks left.
         if self.word.load(Acquire) & STATE != OPEN {
             self.enter_slow(me, kind, None);
@@ -390,7 +392,7 @@ impl<S: Seats> Gate<S> {
     #[inline(never)]
     pub(crate) fn left(&self) {
         fence(SeqCst);
-        if self.word.load(Relaxed) & STATE == SHUT {
+        if self.word.load(Relaxed) & STATE == SHUT && !fault("no_nudge") {
             self.nudge();
         }
     }
@@ -504,7 +506,7 @@ impl<S: Seats> Gate<S> {
         self.turn.fetch_add(1, AcqRel);
         // Pairs with the kernel's own between `take_role` calling it and its look at the word.
         fence(SeqCst);
-        if self.queued.load(Relaxed) != 0 {
+        if self.queued.load(Relaxed) != 0 && !fault("turn_no_wake") {
             sync::futex_wake(&self.turn, u32::MAX, ANY);
         }
     }
@@ -555,7 +557,7 @@ impl<S: Seats> Gate<S> {
         self.word.store(shut, SeqCst);
         if self.mode.load(Relaxed) == FENCED {
             fence(SeqCst);
-        } else if !heavy_fence() {
+        } else if !fault("shut_no_fence") && !heavy_fence() {
             self.mode.store(FENCED, SeqCst);
             sync::fence_by_other_means();
         }
@@ -568,7 +570,7 @@ impl<S: Seats> Gate<S> {
         let mine = self.word.compare_exchange(shut, open, AcqRel, Relaxed).is_ok();
         // Pairs with the fence in `left`, which a waiter passes between counting itself and looking at the word.
         fence(SeqCst);
-        if mine && self.waiters.load(Relaxed) != 0 {
+        if mine && self.waiters.load(Relaxed) != 0 && !fault("reopen_no_wake") {
             sync::futex_wake(&self.word, u32::MAX, ANY);
         }
         mine
@@ -689,7 +691,9 @@ impl<S: Seats> Gate<S> {
         self.word.store((w & !STATE).wrapping_add(EPOCH) | self.mode.load(Relaxed), Relaxed);
         for word in [&self.waiters, &self.courteous, &self.drain, &self.sleeping, &self.role, &self.queued, &self.turn]
         {
-            word.store(0, Relaxed);
+            if !fault("reset_keeps_words") {
+                word.store(0, Relaxed);
+            }
         }
         fence(SeqCst);
     }

@@ -92,19 +92,20 @@ mod model {
     use loom::thread::{Thread, current, park};
     use std::sync::Arc;
     use std::sync::OnceLock;
-    use std::sync::atomic::AtomicBool;
+    use std::sync::atomic::{AtomicBool, AtomicU64 as StdAtomicU64};
 
     loom::lazy_static! {
         static ref WORLD: World = World {
             sleepers: Mutex::new(Vec::new()),
-            time: AtomicU64::new(0),
+            time: StdAtomicU64::new(0),
             membarrier: AtomicBool::new(true),
         };
     }
 
     struct World {
         sleepers: Mutex<Vec<Sleeper>>,
-        time: AtomicU64,
+        /// Not loom's: when time moves on is told apart where threads sleep, and not at every look at the clock.
+        time: StdAtomicU64,
         membarrier: AtomicBool,
     }
 
@@ -173,7 +174,7 @@ mod model {
     pub(crate) fn advance(ns: u64) {
         let mut sleepers = WORLD.sleepers.lock().unwrap();
         let to = now() + ns;
-        WORLD.time.store(to, Ordering::SeqCst);
+        WORLD.time.store(to, Ordering::Relaxed);
         sleepers.retain(|s| !(s.deadline <= to && s.wake()));
     }
 
@@ -199,6 +200,6 @@ mod model {
     }
 
     pub(crate) fn now() -> u64 {
-        WORLD.time.load(Ordering::SeqCst)
+        WORLD.time.load(Ordering::Relaxed)
     }
 }

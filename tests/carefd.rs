@@ -527,7 +527,12 @@ fn the_child_of_a_dirty_fork_closes_no_strangers() {
             }
         });
         entered.recv().expect("the thread runs");
-        let zero = std::fs::metadata("/dev/zero").map(|m| { use std::os::unix::fs::MetadataExt as _; m.rdev() }).expect("/dev/zero");
+        let zero = std::fs::metadata("/dev/zero")
+            .map(|m| {
+                use std::os::unix::fs::MetadataExt as _;
+                m.rdev()
+            })
+            .expect("/dev/zero");
         let is_zero = |fd: RawFd| {
             // SAFETY: stat is plain data.
             let mut st: libc::stat = unsafe { std::mem::zeroed() };

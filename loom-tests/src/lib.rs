@@ -7,6 +7,8 @@
 #![allow(dead_code, unused_imports)]
 // Under loom a spin loop is no loop at all.
 #![allow(clippy::absurd_extreme_comparisons)]
+// The models share what loom checks by itself.
+#![allow(clippy::arc_with_non_send_sync)]
 
 #[path = "../../src/sync.rs"]
 pub mod sync;

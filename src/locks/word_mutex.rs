@@ -12,7 +12,7 @@
 //! the thread is in another region as well), so that nobody who sleeps here keeps a fork waiting, and no child finds a sleeper.
 
 use crate::gate::{Gate, LOCK, Seats, Slot};
-use crate::sync::{self, ANY, AtomicU32, Ordering, Wake};
+use crate::sync::{self, ANY, AtomicU32, Ordering, Wake, fault};
 
 use Ordering::{Acquire, Relaxed, Release};
 
@@ -81,7 +81,7 @@ impl WordMutex {
     #[inline]
     pub(crate) fn unlock<S: Seats>(&self, gate: &Gate<S>, me: &Slot) {
         // Release pairs with the Acquire of the next owner.
-        if self.word.swap(0, Release) & WAIT != 0 {
+        if self.word.swap(0, if fault("unlock_relaxed") { Relaxed } else { Release }) & WAIT != 0 {
             sync::futex_wake(&self.word, 1, ANY);
         }
         gate.leave(me, LOCK);
@@ -147,7 +147,7 @@ impl WordMutex {
                     return self.give_up();
                 }
             }
-            bit = WAIT;
+            bit = if fault("slept_without_bit") { 0 } else { WAIT };
         }
     }
 

@@ -1,1 +1,60 @@
-//! x
+//! The models can fail: each of these one-line deviations from the protocols is caught by some model.
+//!
+//! They are compiled in under loom (`sync::fault`) and chosen by `CAREFORK_FAULT`, each in a process of its own, because a
+//! deadlock that loom finds may end the process.
+
+use std::process::{Command, Stdio};
+use std::time::{Duration, Instant};
+
+/// The deviation, and the model that must catch it.
+const FAULTS: &[(&str, &str)] = &[
+    ("enter_no_fence", "regions::two_regions_and_a_forker"),
+    ("shut_no_fence", "regions::two_regions_and_a_forker"),
+    ("no_nudge", "regions::two_regions_and_a_forker"),
+    ("reopen_no_wake", "regions::two_regions_and_a_forker"),
+    ("turn_no_wake", "forkers::two_forkers_and_a_region"),
+    ("reset_keeps_words", "regions::the_child_goes_on_after_another_forker"),
+    ("hook_unmarked", "hooks::unregister_during_a_fork"),
+    ("slept_without_bit", "words::a_bit_for_the_second_sleeper"),
+    ("unlock_relaxed", "words::three_lockers"),
+];
+
+/// Far more than a model takes; a hang is no catch.
+const PATIENCE: Duration = Duration::from_secs(120);
+
+/// Whether the model passes with that deviation.
+fn passes(fault: &str, model: &str) -> bool {
+    let mut child = Command::new(std::env::current_exe().unwrap())
+        .args(["--exact", &format!("models::{model}"), "--test-threads=1"])
+        .env("CAREFORK_FAULT", fault)
+        .stdin(Stdio::null())
+        .stdout(Stdio::null())
+        .stderr(Stdio::null())
+        .spawn()
+        .unwrap();
+    let end = Instant::now() + PATIENCE;
+    loop {
+        if let Some(status) = child.try_wait().unwrap() {
+            return status.success();
+        }
+        if Instant::now() > end {
+            child.kill().unwrap();
+            child.wait().unwrap();
+            panic!("{model} hangs with {fault}");
+        }
+        std::thread::sleep(Duration::from_millis(5));
+    }
+}
+
+#[test]
+fn seeded_faults_are_caught() {
+    let mut missed = Vec::new();
+    for (fault, model) in FAULTS {
+        let caught = !passes(fault, model);
+        println!("{fault}: {model} {}", if caught { "catches it" } else { "does not catch it" });
+        if !caught {
+            missed.push((fault, model));
+        }
+    }
+    assert!(missed.is_empty(), "{missed:?}");
+}
