@@ -6,9 +6,9 @@
 mod common;
 mod drive;
 
-use carefork::{ForkError, Hook, no_forking, register};
+use carefork::{ForkError, ForkOptions, Hook, no_forking, register};
 use common::{ForkGuardAlloc, Verdict, check, fork_many, isolated, reap};
-use drive::{BOTH, Kind, SOON, Stop, a_while, coordinated, freeze, run_clock, until};
+use drive::{BOTH, Kind, SOON, Stop, a_while, coordinated, fork_with, freeze, run_clock};
 use std::cell::Cell;
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::atomic::{AtomicBool, Ordering::SeqCst};
@@ -38,10 +38,18 @@ fn storm(work: impl Fn(usize) + Sync, child: impl Fn() -> i32) {
             s.spawn(move || {
                 while !stop.load(SeqCst) {
                     work(n);
+                    pause();
                 }
             });
         }
-        fork_many(FORKS, 1, SOON, |i| BOTH[i as usize % 2].fork(&child)).expect_clean(FORKS);
+        // On a machine with more to do, the threads that hold the lock may be off their processors for long.
+        carefork::set_foreign_budget(None);
+        let options = ForkOptions::new().timeout_never();
+        let tally = fork_many(FORKS, 1, SOON, |i| match BOTH[i as usize % 2] {
+            Kind::Coordinated => fork_with(&options, &child).expect("a child"),
+            kind => kind.fork(&child),
+        });
+        tally.expect_clean(FORKS);
     });
     let stats = carefork::stats();
     assert_eq!((stats.refused, stats.dirty), (0, 0));
@@ -56,6 +64,13 @@ fn fight(f: impl Fn() + Sync) {
     });
 }
 
+/// Long enough that others queue, and that a fork falls in between.
+fn pause() {
+    for _ in 0..50 {
+        std::hint::spin_loop();
+    }
+}
+
 /// Two numbers that are equal whenever nobody holds their lock.
 #[derive(Default)]
 struct Pair(u64, u64);
@@ -63,10 +78,7 @@ struct Pair(u64, u64);
 impl Pair {
     fn step(&mut self) {
         self.0 += 1;
-        // Long enough that others queue, and that a fork falls in between.
-        for _ in 0..50 {
-            std::hint::spin_loop();
-        }
+        pause();
         self.1 += 1;
     }
 
@@ -199,19 +211,31 @@ macro_rules! parking_lot_tests {
             fn mutex() {
                 isolated(concat!($name, "::mutex"), 240, || {
                     let lock = Arc::new(Mutex::new(Pair::default()));
-                    let fair = Arc::new(FairMutex::new(Pair::default()));
-                    let _hooks = [Hook::$mutex("pair", Arc::clone(&lock)), Hook::$mutex("fair", Arc::clone(&fair))]
-                        .map(register);
+                    let _hook = register(Hook::$mutex("pair", Arc::clone(&lock)));
                     let child = || {
-                        check(40, !lock.is_locked() && !fair.is_locked());
+                        check(40, !lock.is_locked());
                         // Again and again: the first unlocking finds no waiters to wake, nor does any other.
                         for _ in 0..5 {
                             lock.lock().step();
-                            fair.lock().step();
                         }
-                        i32::from(!lock.lock().at_rest() || !fair.lock().at_rest())
+                        i32::from(!lock.lock().at_rest())
                     };
-                    storm(|n| if n % 2 == 0 { lock.lock().step() } else { fair.lock().step() }, child);
+                    storm(|_| lock.lock().step(), child);
+                });
+            }
+
+            /// One thread at a time: a lock that is handed from one to the next is never free to be tried.
+            #[test]
+            fn fair_mutex() {
+                isolated(concat!($name, "::fair_mutex"), 240, || {
+                    let lock = Arc::new(FairMutex::new(Pair::default()));
+                    let _hook = register(Hook::$mutex("fair", Arc::clone(&lock)));
+                    let child = || {
+                        check(46, !lock.is_locked());
+                        (0..5).for_each(|_| lock.lock().step());
+                        0
+                    };
+                    storm(|n| if n == 0 { lock.lock().step() }, child);
                 });
             }
 
@@ -340,16 +364,22 @@ fn channels_inside_regions() {
     isolated("channels_inside_regions", 240, || {
         let (bounded, from_bounded) = crossbeam_channel::bounded::<u64>(4);
         let (unbounded, from_unbounded) = crossbeam_channel::unbounded::<u64>();
-        let (std_send, std_receive) = mpsc::channel::<u64>();
+        let (std_send, std_receive) = mpsc::sync_channel::<u64>(64);
         let std_receive = std::sync::Mutex::new(std_receive);
         let step = |n: usize| {
             let _region = no_forking();
             match n % 4 {
-                0 => drop(bounded.try_send(1).is_ok() | unbounded.send(1).is_ok()),
-                1 => drop(from_bounded.try_recv().is_ok() | from_unbounded.try_recv().is_ok()),
+                0 if unbounded.len() < 64 => {
+                    let _full = bounded.try_send(1);
+                    unbounded.send(1).expect("there is a receiver");
+                }
+                0 | 1 => {
+                    let _empty = (from_bounded.try_recv(), from_unbounded.try_recv());
+                }
                 2 => {
-                    std_send.send(1).expect("there is a receiver");
-                    drop(from_unbounded.recv_timeout(Duration::from_micros(50)));
+                    let _full = std_send.try_send(1);
+                    // Sleeps in the region, so that others find somebody to wake.
+                    let _none = from_unbounded.recv_timeout(Duration::from_micros(50));
                 }
                 _ => {
                     let receive = std_receive.lock().expect("not poisoned");
@@ -505,6 +535,5 @@ fn the_lock_lives_as_long_as_the_hook() {
         assert_eq!(Arc::strong_count(&alive), 4);
         drop(hooks);
         assert_eq!(Arc::strong_count(&alive), 1);
-        until(|| true);
     });
 }

@@ -6,7 +6,7 @@ use super::*;
 /// region of its own before it sends. The program runs on, and the fork comes to an end.
 #[test]
 fn waiting_for_each_other_inside_regions() {
-    check(2, || {
+    check(1, || {
         let w = World::reopening(3);
         let message = Arc::new(AtomicU32::new(0));
         let sends = Arc::clone(&message);

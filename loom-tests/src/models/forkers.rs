@@ -5,7 +5,7 @@ use super::*;
 /// One role, and both forks get it in the end.
 #[test]
 fn two_forkers_and_a_region() {
-    check(2, || {
+    check(1, || {
         let w = World::new(3);
         let a = w.thread(1, |w, me| assert_eq!(w.fork(me, &mut NoHooks, None), Ended::Forked));
         let b = w.thread(2, World::region);
@@ -17,7 +17,7 @@ fn two_forkers_and_a_region() {
 
 #[test]
 fn three_forkers() {
-    check(2, || {
+    check(1, || {
         let w = World::new(3);
         let fork = |w: &World, me: &Slot| assert_eq!(w.fork(me, &mut NoHooks, None), Ended::Forked);
         let a = w.thread(1, fork);
@@ -46,7 +46,7 @@ fn the_holder_forks_first() {
 /// A third that holds nothing stands behind both.
 #[test]
 fn the_holder_forks_before_two() {
-    check(2, || {
+    check(1, || {
         let w = World::new(3);
         let fork = |w: &World, me: &Slot| assert_eq!(w.fork(me, &mut NoHooks, None), Ended::Forked);
         let a = w.thread(1, move |w, me| {
@@ -89,7 +89,7 @@ fn both_hold() {
 /// not taken for one. The clock is for a question that comes between the other's last look and its sleep.
 #[test]
 fn the_forkers_lock_is_waited_for_in_a_region() {
-    check(2, || {
+    check(1, || {
         let w = World::reopening(2);
         w.gate.enter(w.seat(0), LOCK);
         let clock = Clock::start(FIRST_BOUND);
