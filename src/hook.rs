@@ -245,9 +245,9 @@ impl Phase {
     }
 }
 
-/// How often a lock is tried in a row.
-const TRIES: u32 = 64;
-/// The first and the longest pause between two tries with the gate open, in ns.
+/// How often a lock is tried in a row: with the gate shut, and at most with the gate open.
+const TRIES: (u32, u32) = (64, 4096);
+/// The first and the longest pause between two rows of tries with the gate open, in ns.
 const PAUSES: (u64, u64) = (20_000, 1_000_000);
 
 /// Prepares one hook. Runs in the prepare handler; allocates nothing unless the hook panics.
@@ -306,25 +306,28 @@ pub(crate) fn prepare(
 /// Takes a foreign lock: a few tries with the gate shut; with the gate open, tries with growing pauses until the time is up.
 ///
 /// Its own wait would be fairer, but most locks offer none with an end, and the budget is a promise (G6). A lock that others
-/// take again and again is free for an instant at a time, so it is tried many times in a row, not once a pause.
+/// take again and again is free for an instant at a time, while its holder runs: so it is tried many times in a row, about a
+/// tenth of the time, not once a pause.
 fn take(lock: &dyn Foreign, how: How) -> bool {
-    if take_soon(lock) {
+    let mut tries = TRIES.0;
+    if take_soon(lock, tries) {
         return true;
     }
     let How::Wait(until) = how else { return false };
     let mut pause = PAUSES.0;
     while !hooks().is_left() && clock::now() < until {
         sys::sleep(pause);
-        if take_soon(lock) {
+        if take_soon(lock, tries) {
             return true;
         }
         pause = (pause * 2).min(PAUSES.1);
+        tries = (tries * 2).min(TRIES.1);
     }
     false
 }
 
-fn take_soon(lock: &dyn Foreign) -> bool {
-    for _ in 0..TRIES {
+fn take_soon(lock: &dyn Foreign, tries: u32) -> bool {
+    for _ in 0..tries {
         if lock.take() {
             return true;
         }

@@ -235,7 +235,14 @@ macro_rules! parking_lot_tests {
                         (0..5).for_each(|_| lock.lock().step());
                         0
                     };
-                    storm(|n| if n == 0 { lock.lock().step() }, child);
+                    storm(
+                        |n| {
+                            if n == 0 {
+                                lock.lock().step()
+                            }
+                        },
+                        child,
+                    );
                 });
             }
 

@@ -5,7 +5,7 @@
 //! again: there a fork is libc's fork and three handlers that return at once.
 
 #![allow(unsafe_code, clippy::disallowed_methods, clippy::undocumented_unsafe_blocks)]
-#![allow(clippy::multiple_unsafe_ops_per_block, let_underscore_drop)]
+#![allow(clippy::multiple_unsafe_ops_per_block, clippy::type_complexity, let_underscore_drop)]
 
 mod forks;
 mod measure;

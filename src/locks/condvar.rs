@@ -67,15 +67,12 @@ impl RawCondvar {
     fn notify(&self, count: u32) {
         let mut word = self.word.load(Ordering::Relaxed);
         while word & WAIT != 0 {
-            // With one woken of perhaps several the bit stays.
             let next = if count == 1 { word } else { word & !WAIT }.wrapping_add(STEP);
             match self.word.compare_exchange_weak(word, next, Ordering::Release, Ordering::Relaxed) {
                 Ok(_) => {
-                    if !sync::futex_wake(&self.word, count, ANY) && count == 1 {
-                        // Nobody sleeps, so the next notification need not ask the kernel. Who is just about to sleep on `next`
-                        // finds another word and returns: a spurious wake-up.
-                        let _ = self.word.compare_exchange(next, next & !WAIT, Ordering::Relaxed, Ordering::Relaxed);
-                    }
+                    // The bit stays even if nobody was woken: a thread may have gone to sleep on this very word meanwhile,
+                    // and taking the bit off would lose it.
+                    sync::futex_wake(&self.word, count, ANY);
                     return;
                 }
                 Err(now) => word = now,

@@ -6,7 +6,7 @@ use super::*;
 /// region of its own before it sends. The program runs on, and the fork comes to an end.
 #[test]
 fn waiting_for_each_other_inside_regions() {
-    check(1, || {
+    check(2, || {
         let w = World::reopening(3);
         let message = Arc::new(AtomicU32::new(0));
         let sends = Arc::clone(&message);
@@ -51,7 +51,7 @@ fn reopened_after_commitment() {
 /// A region that never ends within the budget: `Busy`, with nothing left shut.
 #[test]
 fn budget() {
-    check(2, || {
+    check(3, || {
         let w = World::reopening(2);
         w.gate.enter(w.seat(1), GUARD);
         let clock = Clock::start(FIRST_BOUND);
@@ -66,7 +66,7 @@ fn budget() {
 /// A wait with an end at the gate: over in time, and either in the region or not.
 #[test]
 fn waiting_with_an_end() {
-    check(2, || {
+    check(3, || {
         let w = World::reopening(2);
         let a = w.thread(1, |w, me| {
             if w.gate.enter_until(me, GUARD, Some(FIRST_BOUND / 2)) {

@@ -84,7 +84,7 @@ impl Step for Steps_<'_> {
 /// Once `leave` has returned no fork calls the hook.
 #[test]
 fn unregister_during_a_fork() {
-    check(2, || {
+    check(3, || {
         let l = Listed::new(2);
         let (called, node) = l.join(1);
         let theirs = Arc::clone(&l);
@@ -102,7 +102,7 @@ fn unregister_during_a_fork() {
 /// The first of two leaves while the other is called too; then a second fork, which must not know it.
 #[test]
 fn unregister_one_of_two() {
-    check(2, || {
+    check(3, || {
         let l = Listed::new(2);
         let (_, _) = l.join(1);
         let (called, node) = l.join(2);
@@ -122,7 +122,7 @@ fn unregister_one_of_two() {
 /// A hook that comes during a fork is called from the next one on, by both its phases or by none.
 #[test]
 fn register_during_a_fork() {
-    check(2, || {
+    check(3, || {
         let l = Listed::new(2);
         let (_, _) = l.join(1);
         let theirs = Arc::clone(&l);
