@@ -56,10 +56,10 @@ fn storm(work: impl Fn(usize) + Sync, child: impl Fn() -> i32) {
 }
 
 /// In a child: two new threads fight over something.
-fn fight(f: impl Fn() + Sync) {
+fn fight(times: u32, f: impl Fn() + Sync) {
     thread::scope(|s| {
         for _ in 0..2 {
-            s.spawn(|| (0..50).for_each(|_| f()));
+            s.spawn(|| (0..times).for_each(|_| f()));
         }
     });
 }
@@ -98,7 +98,7 @@ fn std_mutex() {
         let child = || {
             check(10, lock.try_lock().is_ok_and(|pair| pair.at_rest()));
             step();
-            fight(step);
+            fight(20, step);
             i32::from(!lock.lock().is_ok_and(|pair| pair.at_rest()))
         };
         storm(|_| step(), child);
@@ -116,7 +116,7 @@ fn std_rwlock() {
             check(20, LOCK.try_write().is_ok_and(|pair| pair.at_rest()));
             read();
             step();
-            fight(|| {
+            fight(20, || {
                 read();
                 step();
             });
@@ -351,7 +351,7 @@ macro_rules! parking_lot_tests {
                     };
                     let child = || {
                         (0..3).for_each(step);
-                        fight(|| (0..3).for_each(step));
+                        fight(20, || (0..3).for_each(step));
                         0
                     };
                     storm(step, child);
@@ -396,7 +396,7 @@ fn channels_inside_regions() {
         };
         let child = || {
             (0..4).for_each(step);
-            fight(|| (0..4).for_each(step));
+            fight(4, || (0..4).for_each(step));
             0
         };
         storm(step, child);
