@@ -36,9 +36,16 @@ fn storm(work: impl Fn(usize) + Sync, child: impl Fn() -> i32) {
         for n in 0..THREADS {
             let (stop, work) = (&stop, &work);
             s.spawn(move || {
-                while !stop.load(SeqCst) {
+                for round in 0.. {
+                    if stop.load(SeqCst) {
+                        break;
+                    }
                     work(n);
                     pause();
+                    // More threads than processors: without a nap now and then each fork waits out time slices.
+                    if round % 16 == n {
+                        thread::sleep(Duration::from_micros(50));
+                    }
                 }
             });
         }
@@ -339,7 +346,7 @@ macro_rules! parking_lot_tests {
             /// All waiting inside regions: nothing of parking_lot's table is in use at a fork, so children may do anything.
             #[test]
             fn inside_regions() {
-                isolated(concat!($name, "::inside_regions"), 240, || {
+                isolated(concat!($name, "::inside_regions"), 600, || {
                     let (mutex, rwlock) = (Mutex::new(Pair::default()), RwLock::new(Pair::default()));
                     let step = |n: usize| {
                         let _region = no_forking();
@@ -368,7 +375,7 @@ parking_lot_tests!(v0_12, parking_lot_0_12, lock_api_0_4_mutex, lock_api_0_4_rwl
 
 #[test]
 fn channels_inside_regions() {
-    isolated("channels_inside_regions", 240, || {
+    isolated("channels_inside_regions", 600, || {
         let (bounded, from_bounded) = crossbeam_channel::bounded::<u64>(4);
         let (unbounded, from_unbounded) = crossbeam_channel::unbounded::<u64>();
         let (std_send, std_receive) = mpsc::sync_channel::<u64>(64);
