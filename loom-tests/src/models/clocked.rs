@@ -6,7 +6,7 @@ use super::*;
 /// region of its own before it sends. The program runs on, and the fork comes to an end.
 #[test]
 fn waiting_for_each_other_inside_regions() {
-    check(2, || {
+    check(1, || {
         let w = World::reopening(3);
         let message = Arc::new(AtomicU32::new(0));
         let sends = Arc::clone(&message);
@@ -66,7 +66,7 @@ fn budget() {
 /// A wait with an end at the gate: over in time, and either in the region or not.
 #[test]
 fn waiting_with_an_end() {
-    check(3, || {
+    check(2, || {
         let w = World::reopening(2);
         let a = w.thread(1, |w, me| {
             if w.gate.enter_until(me, GUARD, Some(FIRST_BOUND / 2)) {

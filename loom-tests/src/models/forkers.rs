@@ -31,7 +31,7 @@ fn three_forkers() {
 /// Two fork at once, one of them holds a lock: that one goes first, and neither fails.
 #[test]
 fn the_holder_forks_first() {
-    check(3, || {
+    check(2, || {
         let w = World::new(2);
         let a = w.thread(1, |w, me| {
             w.enter(me, LOCK);
@@ -46,7 +46,7 @@ fn the_holder_forks_first() {
 /// A third that holds nothing stands behind both.
 #[test]
 fn the_holder_forks_before_two() {
-    check(2, || {
+    check(1, || {
         let w = World::new(3);
         let fork = |w: &World, me: &Slot| assert_eq!(w.fork(me, &mut NoHooks, None), Ended::Forked);
         let a = w.thread(1, move |w, me| {
@@ -64,7 +64,7 @@ fn the_holder_forks_before_two() {
 /// Each holds a lock: one is told so at once, the other's fork goes ahead.
 #[test]
 fn both_hold() {
-    check(3, || {
+    check(2, || {
         let w = World::new(2);
         let fork = |w: &World, me: &Slot| {
             w.enter(me, LOCK);
@@ -89,7 +89,7 @@ fn both_hold() {
 /// not taken for one. The clock is for a question that comes between the other's last look and its sleep.
 #[test]
 fn the_forkers_lock_is_waited_for_in_a_region() {
-    check(2, || {
+    check(1, || {
         let w = World::reopening(2);
         w.gate.enter(w.seat(0), LOCK);
         let clock = Clock::start(FIRST_BOUND);

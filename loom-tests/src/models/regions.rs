@@ -18,7 +18,7 @@ fn two_regions_and_a_forker() {
 /// Back to back: who waited looks at the gate again, and is let in between two forks.
 #[test]
 fn regions_between_two_forks() {
-    check(3, || {
+    check(2, || {
         let w = World::new(2);
         let a = w.thread(1, |w, me| {
             w.region(me);
@@ -48,7 +48,7 @@ fn without_membarrier() {
 /// A nested region never waits: with a shut gate that no clock reopens, waiting would be a deadlock.
 #[test]
 fn nesting() {
-    check(3, || {
+    check(2, || {
         let w = World::new(2);
         let a = w.thread(1, |w, me| {
             w.enter(me, GUARD);
@@ -66,7 +66,7 @@ fn nesting() {
 /// `try_no_forking` in a signal handler: never waits, and what it says is true.
 #[test]
 fn trying() {
-    check(3, || {
+    check(2, || {
         let w = World::new(2);
         let a = w.thread(1, |w, me| {
             if w.gate.try_enter(me, GUARD) {
@@ -90,7 +90,7 @@ fn trying() {
 /// A thread ends inside a region, or forces it open (G7): the forker that waits for it hears of it.
 #[test]
 fn end_inside_a_region() {
-    check(3, || {
+    check(2, || {
         let w = World::new(2);
         let a = w.thread(1, |w, me| {
             w.enter(me, GUARD);
@@ -130,7 +130,7 @@ fn waiting_for_a_lock_outside_the_region() {
 /// In the child only the forker goes on, and every operation with it, whatever the others were at.
 #[test]
 fn the_child_goes_on() {
-    check(3, || {
+    check(2, || {
         let w = World::with_child(2);
         let a = w.thread(1, |w, me| {
             w.region(me);
@@ -144,7 +144,7 @@ fn the_child_goes_on() {
 /// The same where the other is a forker.
 #[test]
 fn the_child_goes_on_after_another_forker() {
-    check(3, || {
+    check(2, || {
         let w = World::with_child(2);
         let a = w.thread(1, |w, me| assert_eq!(w.fork(me, &mut NoHooks, None), Ended::Forked));
         w.enter(w.seat(0), LOCK);
