@@ -250,11 +250,23 @@ impl NoForking {
     /// As for [`CareFd::new`].
     pub fn care_on<T: AsFd + Into<OwnedFd>>(&self, on: OnFork, value: T) -> Result<CareFd<T>, AdoptError<T>> {
         let fd = value.as_fd().as_raw_fd();
+        if let Err(error) = sys::set_cloexec(fd) {
+            return Err(AdoptError { error, fd, value });
+        }
+        self.care_cloexec(on, value)
+    }
+
+    /// Registers what has close-on-exec set already.
+    pub(crate) fn care_cloexec<T: AsFd + Into<OwnedFd>>(
+        &self,
+        on: OnFork,
+        value: T,
+    ) -> Result<CareFd<T>, AdoptError<T>> {
+        let fd = value.as_fd().as_raw_fd();
         if on == OnFork::Close {
             runtime::will_close_at_fork();
         }
-        let registered = sys::set_cloexec(fd).and_then(|()| TABLE.register(fd, on.kind()));
-        match registered {
+        match TABLE.register(fd, on.kind()) {
             Ok(stamp) => Ok(CareFd { value: ManuallyDrop::new(value), fd, stamp }),
             Err(error) => Err(AdoptError { error, fd, value }),
         }

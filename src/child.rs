@@ -1,6 +1,7 @@
 //! The parent's hold on one child (C1's first part): pid, pidfd, wait, kill.
 
-use crate::carefd::CareFd;
+use crate::carefd::{CareFd, OnFork};
+use crate::region::no_forking;
 use crate::{clock, runtime, sys};
 use std::io;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
@@ -25,7 +26,10 @@ impl Child {
     /// After a fork that succeeded: nothing here can fail it.
     pub(crate) fn new(pid: u32) -> Self {
         // The number is this child's as long as nobody has reaped it: then so is the pidfd, which was opened before.
-        let pidfd = CareFd::open(|| sys::pidfd_open(pid)).ok().filter(|_| sys::is_unreaped(pid));
+        let region = no_forking();
+        let pidfd = sys::pidfd_open(pid).ok().and_then(|fd| region.care_cloexec(OnFork::Cleanup, fd).ok());
+        drop(region);
+        let pidfd = pidfd.filter(|_| sys::is_unreaped(pid));
         Child { pid, pidfd, status: None, generation: runtime::generation() }
     }
 

@@ -144,6 +144,15 @@ impl Report {
         Self { busy: Busy::NONE, hook: None, veto: None, panic: Text::new() }
     }
 
+    /// As new, without freeing what a hook said: that is not for the middle of a fork (G9).
+    pub(crate) fn forget(&mut self) {
+        self.busy.count = 0;
+        self.hook = None;
+        #[allow(clippy::mem_forget)]
+        std::mem::forget(self.veto.take());
+        self.panic.len = 0;
+    }
+
     fn culprits(&self) -> Culprits {
         let threads = self.busy.seen.iter().flatten().map(|s| Culprit {
             tid: s.tid,

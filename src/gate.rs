@@ -669,13 +669,12 @@ impl<S: Seats> Gate<S> {
     }
 
     /// Leaves the gate open for `ns` and comes back early if a thread that holds something wants to fork.
-    pub(crate) fn rest(&self, me: &Slot, ns: u64) {
+    pub(crate) fn rest(&self, me: &Slot, ns: u64, busy: &mut Busy) {
         let until = sync::now().saturating_add(ns);
-        let mut busy = Busy::NONE;
         self.sleeping.store(1, SeqCst);
         loop {
             let seen = self.drain.load(SeqCst);
-            self.look(me, &mut busy);
+            self.look(me, busy);
             if busy.queued || sync::futex_wait(&self.drain, seen, ANY, Some(until)) == Wake::TimedOut {
                 break;
             }

@@ -171,7 +171,7 @@ impl<S: Seats> Run<'_, S> {
     }
 
     /// The regions did not end in time: others run for as long as they were kept out.
-    fn back_off(&mut self, why: Drain, hooks_were_held: bool, busy: &Busy) -> Option<Outcome> {
+    fn back_off(&mut self, why: Drain, hooks_were_held: bool, busy: &mut Busy) -> Option<Outcome> {
         if why == Drain::GiveWay {
             self.role = self.gate.requeue(self.me, self.plan.deadline);
             return (!self.role).then_some(Outcome::Busy);
@@ -188,7 +188,7 @@ impl<S: Seats> Run<'_, S> {
         if self.plan.coordinated && (let_go || (busy.entered && self.bound > 2 * FIRST_BOUND)) {
             return Some(Outcome::Again(self.bound));
         }
-        self.gate.rest(self.me, rest);
+        self.gate.rest(self.me, rest, busy);
         None
     }
 
