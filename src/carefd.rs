@@ -112,6 +112,29 @@ impl<T: AsFd + Into<OwnedFd>> CareFd<T> {
         Self::open_on(OnFork::Cleanup, f)
     }
 
+    /// [`CareFd::open`] where `f` asks the kernel for close-on-exec itself, as all of std does: saves the call that makes sure.
+    ///
+    /// What `f` opened without it leaks into programs that other threads start; builds with debug assertions panic on it.
+    ///
+    /// # Errors
+    /// As for [`CareFd::open`].
+    ///
+    /// ```
+    /// let log = carefork::CareFd::open_cloexec(|| std::fs::File::open("/dev/null"))?;
+    /// # drop(log);
+    /// # Ok::<(), std::io::Error>(())
+    /// ```
+    #[track_caller]
+    pub fn open_cloexec(f: impl FnOnce() -> io::Result<T>) -> io::Result<Self> {
+        let region = no_forking();
+        let value = f()?;
+        debug_assert!(
+            sys::get_fd_flags(value.as_fd().as_raw_fd()).is_ok_and(|flags| flags & libc::FD_CLOEXEC != 0),
+            "CareFd::open_cloexec: what the closure opened is not close-on-exec; open it so, or use CareFd::open"
+        );
+        Ok(region.care_cloexec(OnFork::Cleanup, value)?)
+    }
+
     /// [`CareFd::open`] with a say in when children close it.
     ///
     /// # Errors

@@ -180,7 +180,7 @@ impl ForkOptions<'_> {
                         if let Some(armed) = &ready.armed {
                             armed.wait(|| sys::is_dead(pid));
                         }
-                        return Ok(Fork::Parent(Child::new(pid)));
+                        return Ok(Fork::Parent(Child::new(pid, self.pidfd)));
                     }
                     FIRST_BOUND
                 }

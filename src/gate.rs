@@ -123,6 +123,11 @@ impl Slot {
         !self.depth().is_multiple_of(LOCK)
     }
 
+    /// Holds a lock of section L.
+    pub(crate) fn holds_lock(&self) -> bool {
+        self.depth() >= LOCK
+    }
+
     /// This thread is in no region but one of `kind`.
     #[inline(always)]
     pub(crate) fn only(&self, kind: u64) -> bool {
@@ -168,6 +173,10 @@ pub(crate) trait Seats {
     fn each(&self, f: impl FnMut(&Slot) -> bool);
     /// The seat with that id, if it was ever given out.
     fn seat(&self, id: u32) -> Option<&Slot>;
+    /// Ends the regions of threads that are gone without a word; whether one of them held a lock.
+    fn bury(&self) -> bool {
+        false
+    }
 }
 
 /// Who kept a fork waiting, copied without allocation.

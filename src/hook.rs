@@ -399,7 +399,7 @@ fn panicked(hook: &str, phase: Phase, payload: Box<dyn std::any::Any + Send>) {
 
 /// Runs the clean-ups in a noexec child, by falling rank; how many, and how many of them panicked.
 pub(crate) fn clean_up() -> (usize, usize) {
-    if hooks().is_empty() {
+    if hooks().is_empty() || runtime::is_off() {
         return (0, 0);
     }
     let me = runtime::me();

@@ -179,6 +179,9 @@ impl<S: Seats> Run<'_, S> {
         if self.is_over() {
             return Some(Outcome::Busy);
         }
+        if self.gate.seats.bury() {
+            self.gate.set_ghosts();
+        }
         let rest = self.until(self.bound).saturating_sub(sync::now());
         if !hooks_were_held {
             self.bound = (self.bound * 2).min(LAST_BOUND);

@@ -114,9 +114,9 @@ fn functions_have_the_types_they_are_known_by() {
     let _: fn(ForkOptions<'static>, &'static File) -> ForkOptions<'static> = ForkOptions::keep;
     let _: fn(ForkOptions<'static>, i32) -> ForkOptions<'static> = ForkOptions::death_signal;
     let _: fn(ForkOptions<'static>, &str) -> ForkOptions<'static> = ForkOptions::name;
-    let switches: [fn(ForkOptions<'static>, bool) -> ForkOptions<'static>; 3] =
-        [ForkOptions::close_others, ForkOptions::new_session, ForkOptions::stdio_null];
-    assert_eq!(switches.len(), 3);
+    let switches: [fn(ForkOptions<'static>, bool) -> ForkOptions<'static>; 4] =
+        [ForkOptions::close_others, ForkOptions::new_session, ForkOptions::stdio_null, ForkOptions::pidfd];
+    assert_eq!(switches.len(), 4);
 
     let _: fn(&Child) -> u32 = Child::id;
     let _: fn(&mut Child) -> io::Result<ExitStatus> = Child::wait;
