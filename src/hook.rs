@@ -1,5 +1,6 @@
 //! Hooks: what a subsystem wants done around a fork, for the locks that carefork cannot see into (H1-H4).
 
+use crate::durations::Clocked;
 use crate::error::{Report, Text};
 use crate::hook_list::{self, Node, Step};
 use crate::prepare::{Hooks, How};
@@ -115,6 +116,8 @@ pub struct Hook {
     rank: i32,
     /// Shared, so that a clean-up can run it without the list.
     cleanup: Option<Arc<dyn Fn() + Send + Sync>>,
+    /// What its prepare took, where that was worth a page that the fork would copy.
+    waited: Clocked,
 }
 
 impl fmt::Debug for Hook {
@@ -126,7 +129,16 @@ impl fmt::Debug for Hook {
 impl Hook {
     /// A hook that does nothing yet, of rank 0. The name is what errors and reports call it.
     pub fn new(name: &'static str) -> Self {
-        Hook { name, rank: 0, prepare: Prepare::Nothing, undo: None, parent: None, child: None, cleanup: None }
+        Hook {
+            name,
+            rank: 0,
+            prepare: Prepare::Nothing,
+            undo: None,
+            parent: None,
+            child: None,
+            cleanup: None,
+            waited: Clocked::new(),
+        }
     }
 
     /// Its place in lock order: prepare runs by rising rank, outer locks first; among equals the newest first (H2).
@@ -195,6 +207,20 @@ impl Hook {
 
 /// What the list holds.
 pub(crate) type Registered = Hook;
+
+/// With more hooks than this none is timed: reading the clock would cost as much as calling them.
+pub(crate) const TIMED: u32 = 64;
+/// A prepare that took less than this many ns has waited for nothing.
+const WORTH_NOTING: u64 = 1_000;
+
+impl Hook {
+    /// By the role's holder.
+    pub(crate) fn took(&self, ns: u64) {
+        if ns >= WORTH_NOTING {
+            self.waited.note(ns);
+        }
+    }
+}
 
 /// Keeps a hook registered; dropping it takes the hook out (H1).
 ///

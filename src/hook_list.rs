@@ -46,6 +46,7 @@ pub(crate) struct HookList<T> {
     pending: AtomicPtr<Node<T>>,
     /// Unlinked, not freed yet: a stack through `next`.
     garbage: AtomicPtr<Node<T>>,
+    linked: AtomicU32,
     progress: AtomicU64,
     /// Moves on when `progress` falls while somebody waits for it.
     event: AtomicU32,
@@ -73,6 +74,7 @@ impl<T> HookList<T> {
             tail: AtomicPtr::new(null_mut()),
             pending: AtomicPtr::new(null_mut()),
             garbage: AtomicPtr::new(null_mut()),
+            linked: AtomicU32::new(0),
             progress: AtomicU64::new(0),
             event: AtomicU32::new(0),
             leaving: AtomicU32::new(0),
@@ -87,6 +89,7 @@ impl<T> HookList<T> {
             tail: AtomicPtr::new(null_mut()),
             pending: AtomicPtr::new(null_mut()),
             garbage: AtomicPtr::new(null_mut()),
+            linked: AtomicU32::new(0),
             progress: AtomicU64::new(0),
             event: AtomicU32::new(0),
             leaving: AtomicU32::new(0),
@@ -148,6 +151,11 @@ impl<T> HookList<T> {
     /// No hook was ever registered, or all have left and were unlinked.
     pub(crate) fn is_empty(&self) -> bool {
         self.head.load(Relaxed).is_null() && self.pending.load(Relaxed).is_null()
+    }
+
+    /// How many hooks take part in a fork.
+    pub(crate) fn len(&self) -> u32 {
+        self.linked.load(Relaxed)
     }
 
     /// There is something for `settle` or `collect` to do.
@@ -321,6 +329,7 @@ impl<T> HookList<T> {
         let me = std::ptr::from_ref(n).cast_mut();
         n.prev.store(before, Relaxed);
         n.next.store(after, Relaxed);
+        self.linked.store(self.linked.load(Relaxed) + 1, Relaxed);
         // The node is whole before it can be reached: a dirty child may find the list at any point of this.
         next_place.store(me, Release);
         // SAFETY: as above.
@@ -333,6 +342,7 @@ impl<T> HookList<T> {
         unsafe { before.as_ref() }.map_or(&self.head, |b| &b.next).store(after, Release);
         // SAFETY: as above.
         unsafe { after.as_ref() }.map_or(&self.tail, |a| &a.prev).store(before, Release);
+        self.linked.store(self.linked.load(Relaxed) - 1, Relaxed);
         push(&self.garbage, std::ptr::from_ref(n).cast_mut());
     }
 }

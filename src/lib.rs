@@ -26,6 +26,7 @@ mod sys;
 mod sys_close;
 mod clock;
 // state
+mod durations;
 mod gate;
 mod prepare;
 mod hook_list;
@@ -55,6 +56,7 @@ mod lineage;
 pub use carefd::{AdoptError, CareFd, OnFork};
 pub use child::Child;
 pub use cleanup::{Cleanup, postfork_child_noexec};
+pub use durations::Durations;
 pub use error::{Culprit, Culprits, ForkError, NotAChild};
 pub use fork::{Fork, fork, spawn};
 pub use hook::{Hook, Registration, Veto, register};

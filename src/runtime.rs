@@ -6,11 +6,12 @@
 #![allow(unsafe_code)]
 
 use crate::care_table;
+use crate::durations::Clocked;
 use crate::error::Report;
 use crate::gate::{Busy, FIRST_BOUND, Gate, Slot, VACANT};
 use crate::hook::{self, Phase, Registered};
 use crate::hook_list::HookList;
-use crate::prepare::{self, Hooks, How, Outcome, Plan, Steps};
+use crate::prepare::{self, Hooks, How, Outcome, Plan, Steps, Wait};
 use crate::slots::SlotTable;
 use crate::verdict::Pages;
 use crate::{clock, sys};
@@ -45,6 +46,7 @@ struct State {
     /// The budget of foreign forks in ns; `u64::MAX` is never (G6).
     foreign_budget: AtomicU64,
     count: Counters,
+    waited: Waited,
     verdicts: Pages,
     tickets: AtomicU32,
     gate: Gate<SlotTable>,
@@ -72,6 +74,7 @@ static STATE: State = State {
         thrown_away: AtomicU64::new(0),
         unreported: AtomicU64::new(0),
     },
+    waited: Waited { turn: Clocked::new(), regions: Clocked::new(), hooks: Clocked::new(), fork: Clocked::new() },
     verdicts: Pages::new(),
     tickets: AtomicU32::new(1),
     gate: Gate::new(SlotTable::new()),
@@ -93,6 +96,16 @@ pub(crate) struct Counters {
     pub(crate) in_region: AtomicU64,
     pub(crate) thrown_away: AtomicU64,
     pub(crate) unreported: AtomicU64,
+}
+
+/// What forks waited for, for `stats`; written by the role's holder.
+#[derive(Debug)]
+pub(crate) struct Waited {
+    pub(crate) turn: Clocked,
+    pub(crate) regions: Clocked,
+    pub(crate) hooks: Clocked,
+    /// From the commitment to carefork's handler in the parent: other libraries' handlers and libc's fork.
+    pub(crate) fork: Clocked,
 }
 
 thread_local! {
@@ -130,6 +143,8 @@ struct Passage {
     marking: bool,
     /// The mask from before, while signals are blocked. A coordinated fork takes it from here (`passed`).
     mask: Option<sys::SigSet>,
+    /// When the prepare handler returned.
+    begun: u64,
     /// In the parent: a waiter had reopened the gate when its handler came.
     reopened: bool,
     /// In the child: a coordinated fork made it.
@@ -149,6 +164,7 @@ impl Passage {
         dirty: false,
         marking: false,
         mask: None,
+        begun: 0,
         reopened: false,
         coordinated: false,
         report: ManuallyDrop::new(Report::new()),
@@ -210,6 +226,10 @@ pub(crate) fn hooks() -> &'static HookList<Registered> {
 
 pub(crate) fn count() -> &'static Counters {
     &STATE.count
+}
+
+pub(crate) fn waited() -> &'static Waited {
+    &STATE.waited
 }
 
 /// True for the first to ask in this process.
@@ -495,6 +515,8 @@ fn take_over(ghosts: bool) {
     ] {
         c.store(0, Relaxed);
     }
+    let Waited { turn, regions, hooks, fork } = &STATE.waited;
+    [turn, regions, hooks, fork].into_iter().for_each(Clocked::reset);
 }
 
 // -- the handlers
@@ -523,8 +545,16 @@ impl Steps for Handlers<'_> {
     fn hooks(&mut self, how: How) -> Hooks {
         self.vetoed = false;
         let mut end = Hooks::Ready;
-        let all =
-            STATE.hooks.prepare(|h| hook::prepare(h, how, self.coordinated, self.report, &mut self.vetoed, &mut end));
+        let timed = STATE.hooks.len() <= hook::TIMED;
+        let mut now = clock::now();
+        let all = STATE.hooks.prepare(|h| {
+            let step = hook::prepare(h, how, self.coordinated, self.report, &mut self.vetoed, &mut end);
+            if timed {
+                let begun = std::mem::replace(&mut now, clock::now());
+                h.took(now.saturating_sub(begun));
+            }
+            step
+        });
         if !all {
             self.undo();
         }
@@ -533,6 +563,15 @@ impl Steps for Handlers<'_> {
 
     fn undo(&mut self) {
         STATE.hooks.finish(|h| hook::call(h, Phase::Undo));
+    }
+
+    fn waited(&mut self, what: Wait, ns: u64) {
+        match what {
+            Wait::Turn => &STATE.waited.turn,
+            Wait::Regions => &STATE.waited.regions,
+            Wait::Hooks => &STATE.waited.hooks,
+        }
+        .note(ns);
     }
 }
 
@@ -561,6 +600,7 @@ extern "C" fn on_prepare() {
         Some(request) => prepare_coordinated(me, request, passage),
         None => prepare_foreign(me, passage),
     }
+    passage.begun = clock::now();
     // After a failure libc leaves its errno for the parent handlers; after a success nothing touches this 0.
     sys::set_errno(0);
 }
@@ -632,6 +672,7 @@ extern "C" fn on_parent() {
     };
     let mut ours = true;
     if let Stage::Committed(shut) = stage {
+        STATE.waited.fork.note(clock::now().saturating_sub(passage.begun));
         let phase = if has_failed(errno) { Phase::Undo } else { Phase::Parent };
         STATE.hooks.finish(|h| hook::call(h, phase));
         ours = STATE.gate.reopen(shut);

@@ -7,11 +7,11 @@
 )]
 
 use carefork::{
-    AdoptError, CareFd, Child, Cleanup, Condvar, Culprit, Culprits, Fork, ForkError, ForkOptions, Held, Hook, InChild,
-    LazyLock, Lineage, MappedMutexGuard, MappedRwLockReadGuard, MappedRwLockWriteGuard, Mutex, MutexGuard, NoForking,
-    NotAChild, OnFork, OnceLock, RawCondvar, RawMutex, RawRwLock, Registration, RwLock, RwLockReadGuard,
-    RwLockUpgradableReadGuard, RwLockWriteGuard, Signals, Stats, Veto, WaitTimeoutResult, force_unlock,
-    fork_generation, no_forking, set_foreign_budget, try_no_forking,
+    AdoptError, CareFd, Child, Cleanup, Condvar, Culprit, Culprits, Durations, Fork, ForkError, ForkOptions, Held,
+    Hook, InChild, LazyLock, Lineage, MappedMutexGuard, MappedRwLockReadGuard, MappedRwLockWriteGuard, Mutex,
+    MutexGuard, NoForking, NotAChild, OnFork, OnceLock, RawCondvar, RawMutex, RawRwLock, Registration, RwLock,
+    RwLockReadGuard, RwLockUpgradableReadGuard, RwLockWriteGuard, Signals, Stats, Veto, WaitTimeoutResult,
+    force_unlock, fork_generation, no_forking, set_foreign_budget, try_no_forking,
 };
 use std::cell::Cell;
 use std::error::Error;
@@ -54,11 +54,11 @@ is!(Child, InChild, Fork, ForkOptions<'static>, Hook, Registration, Veto, Signal
 is!(Lineage, Stats, Culprit, Culprits, NotAChild, ForkError, AdoptError<File>, WaitTimeoutResult => Send + Sync + Debug + Unpin);
 is!(CareFd<File>, CareFd<OwnedFd>, CareFd<net::TcpListener> => Send + Sync + Unpin + Debug + AsFd + AsRawFd);
 is!(Child, InChild, Fork, ForkOptions<'static>, Hook, Registration, Veto, Signals, OnFork, Cleanup, NoForking => Debug);
-is!(Child, ForkOptions<'static>, Signals, OnFork, Cleanup, Lineage, Stats, CareFd<File> => UnwindSafe + RefUnwindSafe);
+is!(Child, ForkOptions<'static>, Signals, OnFork, Cleanup, Lineage, Stats, Durations, CareFd<File> => UnwindSafe + RefUnwindSafe);
 is!(ForkError, NotAChild, AdoptError<File>, Veto => Error);
 is!(ForkOptions<'static>, Signals, OnFork, Cleanup, Lineage, Stats, Culprit, Culprits, Veto, NotAChild => Clone);
 is!(OnFork, Cleanup, Lineage, Stats, NotAChild => Copy + Eq);
-is!(ForkOptions<'static>, Signals, Stats, Cleanup, Culprits => Default);
+is!(ForkOptions<'static>, Signals, Stats, Durations, Cleanup, Culprits => Default);
 
 // Regions belong to their thread, and so does what holds one.
 is_not!(NoForking => Send);

@@ -13,8 +13,8 @@ use drive::{
     BOTH, Inside, Kind, MS, SOON, Stop, a_while, block, coordinated, foreign, fork_with, freeze, gettid, inside,
     no_child_left, on_signal, run_clock, signal_thread, until, until_shut,
 };
-use std::sync::{Arc, Barrier};
 use std::sync::atomic::{AtomicBool, AtomicI32, AtomicU32, AtomicU64, Ordering::SeqCst};
+use std::sync::{Arc, Barrier};
 use std::thread;
 
 fn ends_well(pid: i32) {
