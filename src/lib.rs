@@ -32,6 +32,7 @@ mod prepare;
 mod hook_list;
 mod slots;
 mod care_table;
+mod print_wait;
 mod error;
 mod verdict;
 // register

@@ -12,12 +12,14 @@ use crate::gate::{Busy, FIRST_BOUND, Gate, Slot, VACANT};
 use crate::hook::{self, Phase, Registered};
 use crate::hook_list::HookList;
 use crate::prepare::{self, Hooks, How, Outcome, Plan, Steps, Wait};
+use crate::print_wait::{self, WaitWord};
 use crate::slots::SlotTable;
 use crate::verdict::Pages;
 use crate::{clock, sys};
 use std::cell::{Cell, UnsafeCell};
 use std::mem::ManuallyDrop;
 use std::sync::atomic::{AtomicBool, AtomicPtr, AtomicU32, AtomicU64, Ordering};
+use std::time::Duration;
 
 use Ordering::{AcqRel, Acquire, Relaxed, Release};
 
@@ -47,6 +49,7 @@ struct State {
     foreign_budget: AtomicU64,
     count: Counters,
     waited: Waited,
+    print_wait: WaitWord,
     verdicts: Pages,
     tickets: AtomicU32,
     gate: Gate<SlotTable>,
@@ -75,6 +78,7 @@ static STATE: State = State {
         unreported: AtomicU64::new(0),
     },
     waited: Waited { turn: Clocked::new(), regions: Clocked::new(), hooks: Clocked::new(), fork: Clocked::new() },
+    print_wait: WaitWord::new(),
     verdicts: Pages::new(),
     tickets: AtomicU32::new(1),
     gate: Gate::new(SlotTable::new()),
@@ -230,6 +234,11 @@ pub(crate) fn count() -> &'static Counters {
 
 pub(crate) fn waited() -> &'static Waited {
     &STATE.waited
+}
+
+/// Which fork waits for std's streams.
+pub(crate) fn print_wait() -> &'static WaitWord {
+    &STATE.print_wait
 }
 
 /// True for the first to ask in this process.
@@ -517,6 +526,7 @@ fn take_over(ghosts: bool) {
     }
     let Waited { turn, regions, hooks, fork } = &STATE.waited;
     [turn, regions, hooks, fork].into_iter().for_each(Clocked::reset);
+    STATE.print_wait.clear();
 }
 
 // -- the handlers
@@ -555,6 +565,10 @@ impl Steps for Handlers<'_> {
             }
             step
         });
+        if STATE.print_wait.take_long() {
+            // Where the budget ends before the fork, this is what has used it up.
+            self.report.hook = Some(print_wait::HOOK);
+        }
         if !all {
             self.undo();
         }
@@ -610,6 +624,7 @@ fn prepare_coordinated(me: &Slot, request: &mut Request, passage: &mut Passage) 
         Plan { coordinated: true, deadline: request.deadline, let_go_at: request.let_go_at, bound: request.bound };
     let mut steps = Handlers { mask: &mut passage.mask, coordinated: true, report: &mut passage.report, vetoed: false };
     let outcome = prepare::prepare(&STATE.gate, me, &mut steps, &plan, &mut passage.busy);
+    look_for_print_wait(outcome, &mut passage.report);
     request.outcome = Some(outcome);
     passage.stage = match outcome {
         Outcome::Committed(shut) => Stage::Committed(shut),
@@ -638,6 +653,7 @@ fn prepare_foreign(me: &Slot, passage: &mut Passage) {
         passage.dirty = true;
         STATE.count.dirty.fetch_add(1, Relaxed);
         passage.report.busy = passage.busy;
+        look_for_print_wait(outcome, &mut passage.report);
         if !passage.report.say(outcome) {
             STATE.count.unreported.fetch_add(1, Relaxed);
         }
@@ -651,6 +667,15 @@ fn prepare_foreign(me: &Slot, passage: &mut Passage) {
         && let Some(mask) = passage.mask.take()
     {
         sys::set_mask(&mask);
+    }
+}
+
+/// A fork that ran out of time may have queued behind one that waits for a stream; its own wait is over. One that has only
+/// begun is not to blame.
+fn look_for_print_wait(outcome: Outcome, report: &mut Report) {
+    if outcome == Outcome::Busy {
+        let waiting = STATE.print_wait.look(clock::now());
+        report.print_wait = waiting.filter(|w| w.waited >= Duration::from_nanos(print_wait::LONG));
     }
 }
 

@@ -6,6 +6,7 @@
     clippy::type_complexity
 )]
 
+use carefork::stdio::{Stream, Waiting};
 use carefork::{
     AdoptError, CareFd, Child, Cleanup, Condvar, Culprit, Culprits, Durations, Fork, ForkError, ForkOptions, Held,
     Hook, InChild, LazyLock, Lineage, MappedMutexGuard, MappedRwLockReadGuard, MappedRwLockWriteGuard, Mutex,
@@ -57,8 +58,9 @@ is!(Child, InChild, Fork, ForkOptions<'static>, Hook, Registration, Veto, Signal
 is!(Child, ForkOptions<'static>, Signals, OnFork, Cleanup, Lineage, Stats, Durations, CareFd<File> => UnwindSafe + RefUnwindSafe);
 is!(ForkError, NotAChild, AdoptError<File>, Veto => Error);
 is!(ForkOptions<'static>, Signals, OnFork, Cleanup, Lineage, Stats, Culprit, Culprits, Veto, NotAChild => Clone);
-is!(OnFork, Cleanup, Lineage, Stats, NotAChild => Copy + Eq);
 is!(ForkOptions<'static>, Signals, Stats, Durations, Cleanup, Culprits => Default);
+is!(Stream, Waiting => Send + Sync + Debug + Unpin + UnwindSafe + RefUnwindSafe + std::fmt::Display);
+is!(OnFork, Cleanup, Lineage, Stats, NotAChild, Stream, Waiting => Copy + Eq);
 
 // Regions belong to their thread, and so does what holds one.
 is_not!(NoForking => Send);
@@ -104,6 +106,7 @@ fn functions_have_the_types_they_are_known_by() {
     let _: fn(Option<Duration>) = set_foreign_budget;
     let _: fn(Hook) -> Registration = carefork::register;
     let _: fn() -> Registration = carefork::stdio::guard;
+    let _: fn() -> Option<Waiting> = carefork::stdio::waiting;
 
     let _: unsafe fn(&ForkOptions<'static>) -> Result<Fork, ForkError> = ForkOptions::fork;
     let _: unsafe fn(&ForkOptions<'static>, fn() -> i32) -> Result<Child, ForkError> = ForkOptions::spawn;
