@@ -215,7 +215,9 @@ impl<T> HookList<T> {
                 return;
             }
             let before = self.progress.load(Relaxed);
-            self.progress.store(n.key, Relaxed);
+            if !fault("progress_late") {
+                self.progress.store(n.key, Relaxed);
+            }
             // Pairs with the heavy one in `leave`: leaving pays, not each hook of each fork.
             light_fence();
             if n.gone.load(Acquire) != 0 && !fault("hook_unmarked") {
@@ -224,7 +226,11 @@ impl<T> HookList<T> {
                 return;
             }
             match prepare(&n.value) {
-                Step::Prepared => {}
+                Step::Prepared => {
+                    if fault("progress_late") {
+                        self.progress.store(n.key, Relaxed);
+                    }
+                }
                 Step::Skip => n.skipped.store(fork, Relaxed),
                 Step::Stop => {
                     all = false;
@@ -297,7 +303,7 @@ impl<T> HookList<T> {
             // until then; a fence for every hook would cost each fork more than the rare wait.
             fence(SeqCst);
         }
-        if self.leaving.load(Relaxed) != 0 {
+        if self.leaving.load(Relaxed) != 0 && !fault("fell_no_wake") {
             self.event.fetch_add(1, SeqCst);
             sync::futex_wake(&self.event, u32::MAX, ANY);
         }
