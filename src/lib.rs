@@ -31,6 +31,7 @@ mod gate;
 mod prepare;
 mod hook_list;
 mod slots;
+mod care_word;
 mod care_table;
 mod print_wait;
 mod error;
