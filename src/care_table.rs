@@ -142,7 +142,6 @@ impl CareTable {
     }
 
     /// When children close `fd`, if it is registered.
-    #[cfg_attr(not(test), allow(dead_code, reason = "for audit()"))]
     pub(crate) fn kind(&self, fd: RawFd) -> Option<Kind> {
         Kind::of(self.words.get(fd)?.load(Relaxed))
     }

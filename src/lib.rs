@@ -24,6 +24,7 @@
 mod sync;
 mod sys;
 mod sys_close;
+mod sys_socket;
 mod clock;
 // state
 mod durations;
@@ -53,8 +54,11 @@ mod child;
 // child
 mod in_child;
 mod cleanup;
+// seeing
 mod lineage;
+pub mod audit;
 
+pub use audit::{Audit, audit, audit_of};
 pub use carefd::{AdoptError, CareFd, OnFork};
 pub use child::Child;
 pub use cleanup::{Cleanup, postfork_child_noexec};

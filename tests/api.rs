@@ -6,10 +6,11 @@
     clippy::type_complexity
 )]
 
+use carefork::audit::{Care, Descriptor, Fate, Kind};
 use carefork::stdio::{Stream, Waiting};
 use carefork::{
-    AdoptError, CareFd, Child, Cleanup, Condvar, Culprit, Culprits, Durations, Fork, ForkError, ForkOptions, Held,
-    Hook, InChild, LazyLock, Lineage, MappedMutexGuard, MappedRwLockReadGuard, MappedRwLockWriteGuard, Mutex,
+    AdoptError, Audit, CareFd, Child, Cleanup, Condvar, Culprit, Culprits, Durations, Fork, ForkError, ForkOptions,
+    Held, Hook, InChild, LazyLock, Lineage, MappedMutexGuard, MappedRwLockReadGuard, MappedRwLockWriteGuard, Mutex,
     MutexGuard, NoForking, NotAChild, OnFork, OnceLock, RawCondvar, RawMutex, RawRwLock, Registration, RwLock,
     RwLockReadGuard, RwLockUpgradableReadGuard, RwLockWriteGuard, Signals, Stats, Veto, WaitTimeoutResult,
     force_unlock, fork_generation, no_forking, set_foreign_budget, try_no_forking,
@@ -56,6 +57,9 @@ is!(Lineage, Stats, Culprit, Culprits, NotAChild, ForkError, AdoptError<File>, W
 is!(CareFd<File>, CareFd<OwnedFd>, CareFd<net::TcpListener> => Send + Sync + Unpin + Debug + AsFd + AsRawFd);
 is!(Child, InChild, Fork, ForkOptions<'static>, Hook, Registration, Veto, Signals, OnFork, Cleanup, NoForking => Debug);
 is!(Child, ForkOptions<'static>, Signals, OnFork, Cleanup, Lineage, Stats, Durations, CareFd<File> => UnwindSafe + RefUnwindSafe);
+is!(Audit, Descriptor, Care, Fate, Kind => Send + Sync + Debug + Unpin + Clone + Eq + UnwindSafe + RefUnwindSafe);
+is!(Care, Fate, Kind => Copy);
+is!(Audit, Fate, Kind => std::fmt::Display);
 is!(ForkError, NotAChild, AdoptError<File>, Veto => Error);
 is!(ForkOptions<'static>, Signals, OnFork, Cleanup, Lineage, Stats, Culprit, Culprits, Veto, NotAChild => Clone);
 is!(ForkOptions<'static>, Signals, Stats, Durations, Cleanup, Culprits => Default);
@@ -103,6 +107,9 @@ fn functions_have_the_types_they_are_known_by() {
     let _: fn() -> u64 = fork_generation;
     let _: fn() -> Lineage = carefork::lineage;
     let _: fn() -> Stats = carefork::stats;
+    let _: fn() -> io::Result<Audit> = carefork::audit;
+    let _: fn(u32) -> io::Result<Audit> = carefork::audit_of;
+    let _: fn(&Audit) -> String = Audit::to_json;
     let _: fn(Option<Duration>) = set_foreign_budget;
     let _: fn(Hook) -> Registration = carefork::register;
     let _: fn() -> Registration = carefork::stdio::guard;
