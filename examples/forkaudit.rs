@@ -31,7 +31,7 @@ The table, one row for each open descriptor:
 
 Below it: signals that are caught (default after exec), ignored and blocked (both stay so across exec).
 
-Exit status: 0; 1 if something would leak into an exec child; 2 for bad usage, no such process, or one that is not yours.
+Exit status: 0; 1 if something would leak into an exec child; 2 for bad usage, or no such process of yours.
 ";
 
 fn main() -> ExitCode {

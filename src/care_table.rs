@@ -141,9 +141,15 @@ impl CareTable {
         care_word::state(self.words.get(fd).map_or(0, |word| word.load(Relaxed)), stamp)
     }
 
+    /// The word of `fd`, for [`Kind::of`]. While it is the same, so is the registration, or there is none. Async-signal-safe.
+    pub(crate) fn word(&self, fd: RawFd) -> u32 {
+        self.words.get(fd).map_or(0, |word| word.load(Acquire))
+    }
+
     /// When children close `fd`, if it is registered.
-    pub(crate) fn kind(&self, fd: RawFd) -> Option<Kind> {
-        Kind::of(self.words.get(fd)?.load(Relaxed))
+    #[cfg(test)]
+    fn kind(&self, fd: RawFd) -> Option<Kind> {
+        Kind::of(self.word(fd))
     }
 
     /// Calls `f` with each registered number of `kinds`, rising. Async-signal-safe if `f` is.

@@ -34,7 +34,8 @@
 //!
 //! # Limits
 //! Other threads open and close meanwhile. What is closed before it was looked at is left out, what is opened after the list
-//! was read is not in it, and a number that changes hands while it is looked at is looked at again: no line mixes two descriptors. Descriptors
+//! was read is not in it, and a number that changes hands while it is looked at is looked at again, so that no line mixes two
+//! descriptors (of those that share one inode, such as eventfds, and before Linux 5.14, it may). Descriptors
 //! that the audit opens for itself are not listed; they are care-fds. A file on a network filesystem that does not
 //! answer holds the audit up, as it does lsof. Allocates, so not for hooks and signal handlers.
 

@@ -7,13 +7,16 @@ use crate::carefd::{CareFd, OnFork};
 use crate::region::no_forking;
 use crate::sys_socket;
 use std::ffi::CString;
-use std::fs::{self, File, Metadata};
+use std::fs::{self, File, Metadata, OpenOptions};
 use std::io::{self, ErrorKind, Read as _};
 use std::os::fd::{AsRawFd, RawFd};
-use std::os::unix::fs::{FileTypeExt as _, MetadataExt as _};
+use std::os::unix::fs::{FileTypeExt as _, MetadataExt as _, OpenOptionsExt as _};
 
 /// How often a number that changes hands is looked at again.
 const LOOKS: u32 = 16;
+
+/// Not /proc/self: that is the main thread's, which may have ended.
+const OWN: &str = "/proc/thread-self";
 
 /// A process to look at.
 struct Process {
@@ -25,6 +28,21 @@ struct Process {
     _held: Option<CareFd<File>>,
 }
 
+/// What a number referred to at one instant.
+struct Object {
+    link: String,
+    kind: Kind,
+    info: String,
+}
+
+impl Object {
+    /// Whether `info`, the number's own, is of the same object. Kernels before 5.14 do not tell; what has no inode of its own
+    /// (eventfd, epoll) looks all the same.
+    fn is(&self, info: &str) -> bool {
+        ["ino:", "mnt_id:"].iter().all(|name| field(info, name) == field(&self.info, name))
+    }
+}
+
 pub(super) fn read(pid: Option<u32>) -> io::Result<Audit> {
     let process = Process::open(pid)?;
     process.audit().map_err(|e| process.explain(e))
@@ -33,11 +51,10 @@ pub(super) fn read(pid: Option<u32>) -> io::Result<Audit> {
 impl Process {
     fn open(pid: Option<u32>) -> io::Result<Process> {
         let Some(number) = pid else {
-            // Not /proc/self: that is the main thread's, which may have ended.
-            return Ok(Process { pid, dir: "/proc/thread-self".to_owned(), _held: None });
+            return Ok(Process { pid, dir: OWN.to_owned(), _held: None });
         };
         let held = CareFd::open(|| File::open(format!("/proc/{number}"))).map_err(|e| explain(pid, e))?;
-        let dir = format!("/proc/thread-self/fd/{}", held.as_raw_fd());
+        let dir = format!("{OWN}/fd/{}", held.as_raw_fd());
         Ok(Process { pid, dir, _held: Some(held) })
     }
 
@@ -89,9 +106,18 @@ impl Process {
     fn look(&self, number: RawFd, sockets: &mut Sockets) -> io::Result<Option<Descriptor>> {
         let mut found = None;
         for _ in 0..LOOKS {
-            let Some(before) = self.glance(number)? else { return Ok(None) };
-            found = gone_is_none(self.describe(number, &before, sockets))?;
-            if found.is_some() && self.glance(number)?.as_ref() == Some(&before) {
+            let word = self.word(number);
+            let Some(object) = self.object(number)? else { return Ok(None) };
+            let Some(info) = gone_is_none(self.read(&format!("fdinfo/{number}")))? else { continue };
+            let care = match (self.pid, care_table::Kind::of(word)) {
+                (Some(_), _) => Care::Unknown,
+                (None, None) => Care::No,
+                (None, Some(care_table::Kind::Cleanup)) => Care::On(OnFork::Cleanup),
+                (None, Some(care_table::Kind::Close)) => Care::On(OnFork::Close),
+            };
+            let same = object.is(&info) && self.word(number) == word;
+            found = Some(self.describe(number, care, object, &info, sockets));
+            if same {
                 break;
             }
         }
@@ -99,40 +125,43 @@ impl Process {
         Ok(found)
     }
 
-    fn glance(&self, number: RawFd) -> io::Result<Option<(String, Care)>> {
-        let Some(link) = gone_is_none(fs::read_link(self.path(&format!("fd/{number}"))))? else { return Ok(None) };
-        let care = match (self.pid, TABLE.kind(number)) {
-            (Some(_), _) => Care::Unknown,
-            (None, None) => Care::No,
-            (None, Some(care_table::Kind::Cleanup)) => Care::On(OnFork::Cleanup),
-            (None, Some(care_table::Kind::Close)) => Care::On(OnFork::Close),
-        };
-        Ok(Some((link.to_string_lossy().into_owned(), care)))
+    /// Moves on whenever the number is registered.
+    fn word(&self, number: RawFd) -> u32 {
+        if self.pid.is_some() { 0 } else { TABLE.word(number) }
     }
 
-    fn describe(&self, number: RawFd, glance: &(String, Care), sockets: &mut Sockets) -> io::Result<Descriptor> {
-        let (link, care) = glance;
-        let info = self.read(&format!("fdinfo/{number}"))?;
+    /// What the number refers to now.
+    fn object(&self, number: RawFd) -> io::Result<Option<Object>> {
         let path = self.path(&format!("fd/{number}"));
+        // The path alone is opened, not what it leads to: no driver notices, nobody waits for its close, no lock is lost by it.
+        let held = CareFd::open(|| OpenOptions::new().read(true).custom_flags(libc::O_PATH).open(&path));
+        let Some(held) = gone_is_none(held)? else { return Ok(None) };
+        let own = held.as_raw_fd();
+        let link = fs::read_link(format!("{OWN}/fd/{own}"))?.to_string_lossy().into_owned();
         // A filesystem that is gone does not keep the others from being shown.
-        let kind = kind_of(link, fs::metadata(&path).ok().as_ref());
+        let kind = kind_of(&link, held.metadata().ok().as_ref());
+        Ok(Some(Object { link, kind, info: slurp(&format!("{OWN}/fdinfo/{own}"))? }))
+    }
+
+    fn describe(&self, number: RawFd, care: Care, object: Object, info: &str, sockets: &mut Sockets) -> Descriptor {
+        let Object { link, kind, .. } = object;
         let (kind, target) = match kind {
-            Kind::Socket => self.socket(link, &path, sockets),
-            Kind::Pidfd => match field(&info, "Pid:") {
-                "" => (kind, link.clone()),
+            Kind::Socket => self.socket(number, link, sockets),
+            Kind::Pidfd => match field(info, "Pid:") {
+                "" => (kind, link),
                 "-1" => (kind, "of a process that was reaped".to_owned()),
                 pid => (kind, format!("of process {pid}")),
             },
-            Kind::Epoll => (kind, watched(&info).unwrap_or_else(|| link.clone())),
-            _ => (kind, link.clone()),
+            Kind::Epoll => (kind, watched(info).unwrap_or(link)),
+            _ => (kind, link),
         };
-        let flags = i32::from_str_radix(field(&info, "flags:"), 8).unwrap_or(0);
+        let flags = i32::from_str_radix(field(info, "flags:"), 8).unwrap_or(0);
         let mode = flags & libc::O_ACCMODE;
         let is_path = flags & libc::O_PATH != 0;
         let close_on_exec = flags & libc::O_CLOEXEC != 0;
         // POSIX locks are a process's own: no child has them.
-        let locked = lines(&info, "lock:").any(|l| ["FLOCK", "OFDLCK", "LEASE"].iter().any(|&k| l.contains(k)));
-        Ok(Descriptor {
+        let locked = lines(info, "lock:").any(|l| ["FLOCK", "OFDLCK", "LEASE"].iter().any(|&k| l.contains(k)));
+        Descriptor {
             number,
             kind,
             target,
@@ -140,25 +169,25 @@ impl Process {
             write: !is_path && mode != libc::O_RDONLY,
             close_on_exec,
             locked,
-            care: *care,
-            noexec: noexec_fate(number, *care, kind, locked),
+            care,
+            noexec: noexec_fate(number, care, kind, locked),
             exec: exec_fate(number, close_on_exec),
-        })
+        }
     }
 
-    fn socket(&self, link: &str, path: &str, sockets: &mut Sockets) -> (Kind, String) {
+    fn socket(&self, number: RawFd, link: String, sockets: &mut Sockets) -> (Kind, String) {
         let inode = link.strip_prefix("socket:[").and_then(|l| l.strip_suffix(']')).and_then(|i| i.parse().ok());
         let listed =
             inode.and_then(|i| sockets.find(i, |table| self.read(&format!("net/{table}")).unwrap_or_default()));
         if let Some((kind, address)) = listed {
-            return (kind, address.unwrap_or_else(|| link.to_owned()));
+            return (kind, address.unwrap_or(link));
         }
         // Not bound yet, of a family without a table, or of another network namespace.
-        let protocol = CString::new(path).ok().and_then(|p| sys_socket::protocol(&p));
+        let protocol = CString::new(self.path(&format!("fd/{number}"))).ok().and_then(|p| sys_socket::protocol(&p));
         let kind = protocol.as_deref().map_or(Kind::Socket, sockets::kind_of_protocol);
         let target = match protocol {
             Some(p) if kind == Kind::Socket => format!("{p} {link}"),
-            _ => link.to_owned(),
+            _ => link,
         };
         (kind, target)
     }
