@@ -512,7 +512,7 @@ fn what_goes_meanwhile_is_left_out() {
                     }
                 });
             }
-            for _ in 0..200 {
+            for _ in 0..50 {
                 let pid = kit::foreign(|| 0);
                 match audit_of(pid.cast_unsigned()) {
                     Ok(found) => assert_eq!(found.pid, pid.cast_unsigned()),
