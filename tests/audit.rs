@@ -457,41 +457,71 @@ fn a_thousand_descriptors() {
     });
 }
 
-/// A number that is now a care-fd on a device, now somebody's pipe without close-on-exec: no line has half of each.
+/// A thread opens and closes one thing and another, mostly at the same number; `which` tells from a line of the audit which of
+/// the two it is, and panics if it is neither.
+fn fight(open: [&(dyn Fn() + Sync); 2], which: impl Fn(&Descriptor) -> usize) {
+    let stop = Stop::default();
+    let mut seen = [0; 2];
+    let before: Vec<RawFd> = self_fds().as_slice().to_vec();
+    thread::scope(|s| {
+        let _stop = stop.on_drop();
+        s.spawn(|| {
+            while !stop.is_set() {
+                open.iter().for_each(|open| open());
+            }
+        });
+        let mut rounds = 0;
+        while seen.iter().any(|n| *n < 100) {
+            rounds += 1;
+            assert!(rounds < 500_000, "seen only {seen:?}");
+            for d in audit().expect("an audit").descriptors.iter().filter(|d| !before.contains(&d.number)) {
+                seen[which(d)] += 1;
+            }
+        }
+    });
+}
+
 #[test]
 fn no_line_mixes_two_descriptors() {
     isolated("no_line_mixes_two_descriptors", 60, || {
-        let stop = Stop::default();
-        let pipe = File::from(OwnedFd::from(io::pipe().expect("a pipe").0));
-        let mut seen = [0; 2];
-        let number = pipe.as_raw_fd() + 1;
-        thread::scope(|s| {
-            let _stop = stop.on_drop();
-            s.spawn(|| {
-                while !stop.is_set() {
-                    let file = CareFd::open(|| File::open("/dev/null")).expect("open");
-                    thread::yield_now();
-                    drop(file);
-                    // SAFETY: an open descriptor.
-                    let bare = own(unsafe { libc::dup(pipe.as_raw_fd()) });
-                    thread::yield_now();
-                    drop(bare);
-                }
-            });
-            let mut rounds = 0;
-            while seen.iter().any(|n| *n < 100) {
-                rounds += 1;
-                assert!(rounds < 200_000, "seen only {seen:?}");
-                for d in audit().expect("an audit").descriptors.iter().filter(|d| d.number > 2) {
-                    match (d.kind, d.care, d.close_on_exec) {
-                        (Kind::Pipe, Care::No, true) if d.number < number => {}
-                        // Open, and not registered yet or not any more.
-                        (Kind::Device, Care::On(OnFork::Cleanup) | Care::No, true) => seen[0] += 1,
-                        (Kind::Pipe, Care::No, false) => seen[1] += 1,
-                        _ => panic!("{d:?}"),
-                    }
-                }
+        let pipe = io::pipe().expect("a pipe").0;
+        let null = File::open("/dev/null").expect("open");
+        let care = || {
+            let file = CareFd::open(|| File::open("/dev/null")).expect("open");
+            thread::yield_now();
+            drop(file);
+        };
+        let plain = || {
+            let file = File::open("/dev/null").expect("open");
+            thread::yield_now();
+            drop(file);
+        };
+        let bare = |of: RawFd| {
+            move || {
+                // SAFETY: an open descriptor.
+                let copy = own(unsafe { libc::dup(of) });
+                thread::yield_now();
+                drop(copy);
             }
+        };
+        let (bare_pipe, bare_null) = (bare(pipe.as_raw_fd()), bare(null.as_raw_fd()));
+        // A care-fd is open before it is registered and after it is not any more.
+        fight([&care, &bare_pipe], |d| match (d.kind, d.care, d.close_on_exec) {
+            (Kind::Device, Care::On(_) | Care::No, true) => 0,
+            (Kind::Pipe, Care::No, false) => 1,
+            _ => panic!("{d:?}"),
+        });
+        // Only what they refer to tells these apart.
+        fight([&plain, &bare_pipe], |d| match (d.kind, d.close_on_exec) {
+            (Kind::Device, true) => 0,
+            (Kind::Pipe, false) => 1,
+            _ => panic!("{d:?}"),
+        });
+        // Only the registration does.
+        fight([&care, &bare_null], |d| match (d.care, d.close_on_exec) {
+            (Care::On(_) | Care::No, true) => 0,
+            (Care::No, false) => 1,
+            _ => panic!("{d:?}"),
         });
     });
 }
