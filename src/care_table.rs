@@ -162,8 +162,8 @@ impl CareTable {
     }
 
     /// How many numbers are registered.
-    #[cfg_attr(not(test), allow(dead_code, reason = "for report()"))]
-    pub(crate) fn count(&self) -> usize {
+    #[cfg(test)]
+    fn count(&self) -> usize {
         let mut n = 0;
         self.each(&[Kind::Cleanup, Kind::Close], |_, _| n += 1);
         n

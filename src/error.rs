@@ -164,11 +164,8 @@ impl Report {
     }
 
     fn culprits(&self) -> Culprits {
-        let threads = self.busy.seen.iter().flatten().map(|s| Culprit {
-            tid: s.tid,
-            name: String::from_utf8_lossy(name(s).as_slice()).trim_end_matches('\0').to_owned(),
-            entered: s.entered,
-        });
+        let threads =
+            self.busy.seen.iter().flatten().map(|s| Culprit { tid: s.tid, name: s.name(), entered: s.entered });
         let threads: Vec<_> = threads.collect();
         let queue = threads.is_empty() && self.hook.is_none();
         Culprits { hook: self.hook, threads, count: self.busy.count, queue, waiting: self.print_wait }
@@ -230,6 +227,13 @@ impl Report {
         }
         line.push(b"\n");
         sys::say(line.as_bytes())
+    }
+}
+
+impl Seen {
+    /// The thread's name. Allocates.
+    pub(crate) fn name(&self) -> String {
+        String::from_utf8_lossy(&name(self)).trim_end_matches('\0').to_owned()
     }
 }
 

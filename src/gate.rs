@@ -152,6 +152,14 @@ impl Slot {
         location(&self.entered)
     }
 
+    fn seen(&self) -> Seen {
+        Seen {
+            tid: self.tid.load(Relaxed),
+            name: [self.name[0].load(Relaxed), self.name[1].load(Relaxed)],
+            entered: self.entered(),
+        }
+    }
+
     /// A coordinated fork begins or ends on this thread; seen by a forker that meets this seat in a region.
     pub(crate) fn set_entered(&self, on: bool) {
         self.fork.store(if on { ENTERED } else { NONE }, Release);
@@ -646,11 +654,7 @@ impl<S: Seats> Gate<S> {
                 return true;
             }
             if busy.count < NAMED {
-                busy.seen[busy.count] = Some(Seen {
-                    tid: s.tid.load(Relaxed),
-                    name: [s.name[0].load(Relaxed), s.name[1].load(Relaxed)],
-                    entered: location(&s.entered),
-                });
+                busy.seen[busy.count] = Some(s.seen());
             }
             busy.count += 1;
             match s.fork.load(SeqCst) {
@@ -660,6 +664,18 @@ impl<S: Seats> Gate<S> {
             }
             if me.depth() != 0 && s.waits_for.load(Acquire) == me.id() {
                 busy.waits_for_me = Some((s.id(), s.looked.load(Relaxed)));
+            }
+            true
+        });
+    }
+
+    /// Calls `f` with each thread that is in a region, its guards and its locks.
+    pub(crate) fn each_busy(&self, mut f: impl FnMut(Seen, u32, u32)) {
+        self.seats.each(|s| {
+            // As in `look`.
+            let depth = s.depth.load(Acquire);
+            if depth != 0 && !s.is_ghost() {
+                f(s.seen(), (depth % LOCK) as u32, (depth / LOCK) as u32);
             }
             true
         });

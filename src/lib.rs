@@ -56,7 +56,9 @@ mod in_child;
 mod cleanup;
 // seeing
 mod lineage;
+mod columns;
 pub mod audit;
+pub mod report;
 
 pub use audit::{Audit, audit, audit_of};
 pub use carefd::{AdoptError, CareFd, OnFork};
@@ -71,6 +73,7 @@ pub use lineage::{Lineage, Stats, fork_generation, lineage, set_foreign_budget, 
 pub use locks::*;
 pub use options::ForkOptions;
 pub use region::{NoForking, force_unlock, no_forking, try_no_forking};
+pub use report::{Report, report};
 pub use signals::Signals;
 
 /// What tests and benches need and programs do not: the clock, and the bare registry.

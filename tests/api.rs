@@ -7,14 +7,10 @@
 )]
 
 use carefork::audit::{Care, Descriptor, Fate, Kind};
+use carefork::report::{CareFdEntry, HookEntry, RegionEntry};
 use carefork::stdio::{Stream, Waiting};
-use carefork::{
-    AdoptError, Audit, CareFd, Child, Cleanup, Condvar, Culprit, Culprits, Durations, Fork, ForkError, ForkOptions,
-    Held, Hook, InChild, LazyLock, Lineage, MappedMutexGuard, MappedRwLockReadGuard, MappedRwLockWriteGuard, Mutex,
-    MutexGuard, NoForking, NotAChild, OnFork, OnceLock, RawCondvar, RawMutex, RawRwLock, Registration, RwLock,
-    RwLockReadGuard, RwLockUpgradableReadGuard, RwLockWriteGuard, Signals, Stats, Veto, WaitTimeoutResult,
-    force_unlock, fork_generation, no_forking, set_foreign_budget, try_no_forking,
-};
+#[allow(clippy::wildcard_imports)]
+use carefork::*;
 use std::cell::Cell;
 use std::error::Error;
 use std::fmt::Debug;
@@ -57,9 +53,11 @@ is!(Lineage, Stats, Culprit, Culprits, NotAChild, ForkError, AdoptError<File>, W
 is!(CareFd<File>, CareFd<OwnedFd>, CareFd<net::TcpListener> => Send + Sync + Unpin + Debug + AsFd + AsRawFd);
 is!(Child, InChild, Fork, ForkOptions<'static>, Hook, Registration, Veto, Signals, OnFork, Cleanup, NoForking => Debug);
 is!(Child, ForkOptions<'static>, Signals, OnFork, Cleanup, Lineage, Stats, Durations, CareFd<File> => UnwindSafe + RefUnwindSafe);
+is!(Child, ForkOptions<'static>, Signals, OnFork, Cleanup, Lineage, Stats, CareFd<File> => UnwindSafe + RefUnwindSafe);
+is!(Report, HookEntry, RegionEntry, CareFdEntry => Send + Sync + Debug + Unpin + Clone + Eq);
 is!(Audit, Descriptor, Care, Fate, Kind => Send + Sync + Debug + Unpin + Clone + Eq + UnwindSafe + RefUnwindSafe);
 is!(Care, Fate, Kind => Copy);
-is!(Audit, Fate, Kind => std::fmt::Display);
+is!(Audit, Fate, Kind, Report => std::fmt::Display);
 is!(ForkError, NotAChild, AdoptError<File>, Veto => Error);
 is!(ForkOptions<'static>, Signals, OnFork, Cleanup, Lineage, Stats, Culprit, Culprits, Veto, NotAChild => Clone);
 is!(ForkOptions<'static>, Signals, Stats, Durations, Cleanup, Culprits => Default);
@@ -110,6 +108,7 @@ fn functions_have_the_types_they_are_known_by() {
     let _: fn() -> io::Result<Audit> = carefork::audit;
     let _: fn(u32) -> io::Result<Audit> = carefork::audit_of;
     let _: fn(&Audit) -> String = Audit::to_json;
+    let _: fn() -> Report = carefork::report;
     let _: fn(Option<Duration>) = set_foreign_budget;
     let _: fn(Hook) -> Registration = carefork::register;
     let _: fn() -> Registration = carefork::stdio::guard;

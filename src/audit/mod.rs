@@ -88,6 +88,11 @@ pub fn audit_of(pid: u32) -> io::Result<Audit> {
     if pid == std::process::id() { audit() } else { process::read(Some(pid)) }
 }
 
+/// Each care-fd with what it leads to; `None` if it is not open, or there is no `/proc` to tell.
+pub(crate) fn care_fds() -> Vec<(RawFd, OnFork, Option<Descriptor>)> {
+    process::care_fds()
+}
+
 /// What [`audit`] found. Shows itself as a table of at most 100 columns.
 #[derive(Clone, Debug, PartialEq, Eq)]
 #[non_exhaustive]

@@ -5,7 +5,7 @@ use super::{Audit, Care, Descriptor, Kind, exec_fate, noexec_fate};
 use crate::care_table::{self, TABLE};
 use crate::carefd::{CareFd, OnFork};
 use crate::region::no_forking;
-use crate::sys_socket;
+use crate::{sys, sys_socket};
 use std::ffi::CString;
 use std::fs::{self, File, Metadata, OpenOptions};
 use std::io::{self, ErrorKind, Read as _};
@@ -46,6 +46,37 @@ impl Object {
 pub(super) fn read(pid: Option<u32>) -> io::Result<Audit> {
     let process = Process::open(pid)?;
     process.audit().map_err(|e| process.explain(e))
+}
+
+/// This process's care-fds.
+pub(super) fn care_fds() -> Vec<(RawFd, OnFork, Option<Descriptor>)> {
+    let this = Process { pid: None, dir: OWN.to_owned(), _held: None };
+    let mut registered = Vec::new();
+    TABLE.each(&[care_table::Kind::Cleanup, care_table::Kind::Close], |number, kind| {
+        // Before anything is opened here, which would take the number of one that was closed behind carefork's back.
+        let word = TABLE.word(number);
+        let is_open = sys::get_fd_flags(number).is_ok();
+        if TABLE.word(number) == word {
+            registered.push((number, on_fork(kind), word, is_open));
+        }
+    });
+    let mut sockets = Sockets::new();
+    let mut found = Vec::with_capacity(registered.len());
+    for (number, on, word, is_open) in registered {
+        let seen = if is_open { this.look(number, &mut sockets).unwrap_or(None) } else { None };
+        // Else it was given up meanwhile.
+        if !is_open || TABLE.word(number) == word {
+            found.push((number, on, seen));
+        }
+    }
+    found
+}
+
+fn on_fork(kind: care_table::Kind) -> OnFork {
+    match kind {
+        care_table::Kind::Cleanup => OnFork::Cleanup,
+        care_table::Kind::Close => OnFork::Close,
+    }
 }
 
 impl Process {
@@ -112,8 +143,7 @@ impl Process {
             let care = match (self.pid, care_table::Kind::of(word)) {
                 (Some(_), _) => Care::Unknown,
                 (None, None) => Care::No,
-                (None, Some(care_table::Kind::Cleanup)) => Care::On(OnFork::Cleanup),
-                (None, Some(care_table::Kind::Close)) => Care::On(OnFork::Close),
+                (None, Some(kind)) => Care::On(on_fork(kind)),
             };
             let same = object.is(&info) && self.word(number) == word;
             found = Some(self.describe(number, care, object, &info, sockets));
