@@ -33,6 +33,7 @@ fn hooks_come_in_the_order_of_prepare() {
         let kept = [hook("late", 7), hook("early", -7), hook("older", 0), hook("newer", 0)].map(register);
         let gone = register(hook("gone", 3));
         assert_eq!(names(&report()).len(), before + 5);
+        assert_eq!(common::status_here().map(|s| s.sig_blk), Ok(0), "the mask is as it was");
         drop(gone);
         let found = names(&report());
         // SAFETY: the child exits at once.
@@ -216,6 +217,21 @@ fn the_report_reads_well() {
         assert_eq!(text, GOLDEN, "\n{text}");
         assert!(found.to_string().lines().all(|l| l.chars().count() <= 100), "\n{found}");
         drop((hooks, files, sleeper));
+    });
+}
+
+/// A thread may call itself anything.
+#[test]
+fn a_name_moves_no_cursor() {
+    isolated("a_name_moves_no_cursor", 20, || {
+        let sleeper = InRegion::new("\x1b]0;\x07\x07\x07\x07\x07");
+        let found = report();
+        assert_eq!(found.regions[0].name, "\x1b]0;\x07\x07\x07\x07\x07");
+        let text = found.to_string();
+        let line = text.lines().find(|l| l.contains("\\u{1b}")).expect("escaped");
+        assert_eq!(&line[11..28], " \\u{1b}...}\\u{7} ", "{text}");
+        assert!(!text.contains(|c: char| c.is_control() && c != '\n'), "{text}");
+        drop(sleeper);
     });
 }
 
