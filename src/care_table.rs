@@ -117,6 +117,19 @@ impl CareTable {
         Ok(care_word::register(word, &self.dirty, kind))
     }
 
+    /// This child registered `fd` for itself, before its clean-up, which is to leave it alone. Async-signal-safe.
+    #[cold]
+    pub(crate) fn make_young(&self, fd: RawFd) {
+        self.words.get(fd).into_iter().for_each(care_word::make_young);
+    }
+
+    /// In a child of a child that did so: they are like any other now.
+    fn grow_up(&self) {
+        self.scan(&[Kind::Cleanup, Kind::Close], |_, word| {
+            care_word::grow_up(word);
+        });
+    }
+
     /// Ends the registration that gave `stamp`. False, and nothing done, if it is not live here. Async-signal-safe.
     #[inline]
     pub(crate) fn unregister(&self, fd: RawFd, stamp: u32) -> bool {
@@ -172,7 +185,7 @@ impl CareTable {
     /// In a child: ends the registration of every number of `kinds` that `keep` does not name, rising, and calls
     /// `close(first, last)` once for each run of neighbours. How many it ended, and how many `keep` named.
     ///
-    /// A number between two that is not registered splits the run: it may be somebody's. Async-signal-safe if `keep` and
+    /// What this child registered itself it keeps. A number between two that is not registered splits the run: it may be somebody's. Async-signal-safe if `keep` and
     /// `close` are.
     pub(crate) fn close_runs(
         &self,
@@ -183,6 +196,9 @@ impl CareTable {
         let (mut closed, mut kept) = (0, 0);
         let mut run: Option<(u32, u32)> = None;
         self.scan(kinds, |fd, word| {
+            if care_word::grow_up(word) {
+                return;
+            }
             if keep(fd as RawFd) {
                 kept += 1;
                 return;
@@ -255,12 +271,25 @@ pub(crate) fn dirty_begins() {
     TABLE.dirty.begins();
 }
 
+pub(crate) fn loosen() {
+    TABLE.dirty.begins_behind_the_gate();
+}
+
 pub(crate) fn dirty_ends() {
     TABLE.dirty.ends();
 }
 
 pub(crate) fn dirty_child() {
     TABLE.dirty_child();
+}
+
+pub(crate) fn grow_up() {
+    TABLE.grow_up();
+}
+
+/// In a child whose registry is as its descriptors are: other forks' marks are none of its business.
+pub(crate) fn no_dirty_forks() {
+    TABLE.dirty.reset();
 }
 
 /// A noexec child's clean-up: closes every care-fd that the sorted `keep` does not name, also the ones to be closed at the

@@ -5,9 +5,10 @@
 //! |-------|-------------------------------------------------------------------------------------------|
 //! | 0-1   | 0 not registered, 1 [`Kind::Cleanup`], 2 [`Kind::Close`]                                  |
 //! | 2     | registered while a dirty fork was under way (below)                                       |
-//! | 3-31  | generation: moved on by each registration, kept by all else                               |
+//! | 3     | registered by a child that has yet to clean up: its clean-up leaves it alone              |
+//! | 4-31  | generation: moved on by each registration, kept by all else                               |
 //!
-//! The word as registered, without bit 2, is the `CareFd`'s *stamp*: it is live while the word equals it. A child that closes a number
+//! The word as registered, without bits 2 and 3, is the `CareFd`'s *stamp*: it is live while the word equals it. A child that closes a number
 //! clears bits 0-1, so that the stamp never fits again, also when the number is in use once more.
 //!
 //! # Who writes
@@ -28,7 +29,8 @@ use Ordering::{Acquire, Relaxed, Release};
 
 pub(crate) const KIND: u32 = 3;
 pub(crate) const MARK: u32 = 4;
-const GENERATION: u32 = 8;
+const YOUNG: u32 = 8;
+const GENERATION: u32 = 16;
 
 /// When a child closes it.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -82,21 +84,28 @@ impl Dirty {
         }
     }
 
+    /// As `begins` where no other thread is in a region, and those to come learn of it by the gate's word. Async-signal-safe.
+    pub(crate) fn begins_behind_the_gate(&self) {
+        self.0.fetch_add(1, Relaxed);
+    }
+
     /// After it, in the parent. Marks stay: the child of another dirty fork leaks what bears one, which it may. Async-signal-safe.
     pub(crate) fn ends(&self) {
         self.0.fetch_sub(1, Relaxed);
     }
 
-    /// After it, in the child.
+    /// After it, in the child. Looks first: most children need not write to that page.
     pub(crate) fn reset(&self) {
-        self.0.store(0, Relaxed);
+        if self.0.load(Relaxed) != 0 {
+            self.0.store(0, Relaxed);
+        }
     }
 }
 
 /// Registers the number; its stamp. The caller owns it, since before this call. Async-signal-safe.
 #[inline(always)]
 pub(crate) fn register(word: &AtomicU32, dirty: &Dirty, kind: Kind) -> u32 {
-    let stamp = (word.load(Acquire) & !(KIND | MARK)).wrapping_add(GENERATION) | kind as u32;
+    let stamp = (word.load(Acquire) & !(KIND | MARK | YOUNG)).wrapping_add(GENERATION) | kind as u32;
     light_fence();
     let mark = if dirty.0.load(Relaxed) == 0 || fault("registered_unmarked") { 0 } else { MARK };
     word.store(stamp | mark, Release);
@@ -123,7 +132,7 @@ pub(crate) fn unregister(word: &AtomicU32, stamp: u32, close: impl FnOnce()) -> 
 /// Whether the registration that gave `stamp` still holds.
 #[inline(always)]
 pub(crate) fn fits(word: u32, stamp: u32) -> bool {
-    word & !MARK == stamp
+    word & !(MARK | YOUNG) == stamp
 }
 
 /// As `fits`, and why not.
@@ -135,6 +144,20 @@ pub(crate) fn state(word: u32, stamp: u32) -> State {
     }
 }
 
+/// Registered by a child of its own, before its clean-up. By the number's owner, in the region of the registration.
+pub(crate) fn make_young(word: &AtomicU32) {
+    word.store(word.load(Relaxed) | YOUNG, Release);
+}
+
+/// The clean-up has passed it by, or a fork has made it another child's: like any other from here on. Whether it was young.
+pub(crate) fn grow_up(word: &AtomicU32) -> bool {
+    let w = word.load(Relaxed);
+    if w & YOUNG != 0 {
+        word.store(w & !YOUNG, Relaxed);
+    }
+    w & YOUNG != 0
+}
+
 /// In a child that closes the number.
 pub(crate) fn closed(word: &AtomicU32) {
     word.store(word.load(Relaxed) & !KIND, Relaxed);
@@ -144,6 +167,6 @@ pub(crate) fn closed(word: &AtomicU32) {
 pub(crate) fn forget_marked(word: &AtomicU32) {
     let w = word.load(Relaxed);
     if w & MARK != 0 {
-        word.store(w & !(KIND | MARK), Relaxed);
+        word.store(w & !(KIND | MARK | YOUNG), Relaxed);
     }
 }

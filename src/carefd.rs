@@ -290,7 +290,12 @@ impl NoForking {
             runtime::will_close_at_fork();
         }
         match TABLE.register(fd, on.kind()) {
-            Ok(stamp) => Ok(CareFd { value: ManuallyDrop::new(value), fd, stamp }),
+            Ok(stamp) => {
+                if runtime::is_young() {
+                    TABLE.make_young(fd);
+                }
+                Ok(CareFd { value: ManuallyDrop::new(value), fd, stamp })
+            }
             Err(error) => Err(AdoptError { error, fd, value }),
         }
     }

@@ -185,6 +185,9 @@ pub(crate) trait Seats {
     fn bury(&self) -> bool {
         false
     }
+    /// A gate that may be committed is about to be reopened: what is registered from here on may be unknown to the descriptors of
+    /// the fork's child. `false` takes it back.
+    fn loosen(&self, _begins: bool) {}
 }
 
 /// Who kept a fork waiting, copied without allocation.
@@ -242,6 +245,8 @@ pub(crate) struct Gate<S> {
     mode: AtomicU32,
     /// When a waiter may reopen a shut gate.
     deadline: AtomicU64,
+    /// The word of the committed gate. Who reopens it and who forked take it away; the second of them ends `Seats::loosen`.
+    committed: AtomicU32,
     /// Threads kept waiting at the gate and not let in yet.
     waiters: AtomicU32,
     /// A forker waits for `waiters` to become 0.
@@ -270,6 +275,7 @@ impl<S: Seats> Gate<S> {
             word: AtomicU32::new(OPEN),
             mode: AtomicU32::new(OPEN),
             deadline: AtomicU64::new(0),
+            committed: AtomicU32::new(0),
             waiters: AtomicU32::new(0),
             courteous: AtomicU32::new(0),
             drain: AtomicU32::new(0),
@@ -377,9 +383,7 @@ impl<S: Seats> Gate<S> {
             let bound = self.deadline.load(Relaxed);
             let now = sync::now();
             if now >= bound {
-                if self.reopen(w) {
-                    self.reopened.fetch_add(1, Relaxed);
-                }
+                self.reopen_late(w);
                 continue;
             }
             if deadline.is_some_and(|d| now >= d) {
@@ -388,6 +392,37 @@ impl<S: Seats> Gate<S> {
             let until = deadline.map_or(bound, |d| d.min(bound));
             sync::futex_wait(&self.word, w, ANY, Some(until));
         }
+    }
+
+    /// By a waiter past the bound. Loosened first, because others may enter right after.
+    fn reopen_late(&self, shut: u32) {
+        if !fault("loosened_late") {
+            self.seats.loosen(true);
+        }
+        let mine = self.reopen(shut);
+        if fault("loosened_late") {
+            self.seats.loosen(true);
+        }
+        if mine {
+            self.reopened.fetch_add(1, Relaxed);
+        }
+        // The fence in `reopen` pairs with the one in `commit`: this finds the commitment, or `commit` finds the gate reopened.
+        if !mine || !self.takes_commitment(shut) {
+            self.seats.loosen(false);
+        }
+    }
+
+    /// By the forker, whose gate a waiter has reopened.
+    pub(crate) fn was_reopened(&self, shut: u32) {
+        if !self.takes_commitment(shut) {
+            self.seats.loosen(false);
+        }
+    }
+
+    /// The first of the two who ask leaves the end of `loosen` to the second. By its word: a slow waiter's question about an earlier
+    /// fork takes nothing from this one.
+    fn takes_commitment(&self, shut: u32) -> bool {
+        self.committed.compare_exchange(shut, 0, AcqRel, Acquire).is_ok()
     }
 
     /// Ends a region of `kind`.
@@ -690,7 +725,13 @@ impl<S: Seats> Gate<S> {
     /// The gate is shut and every hook prepared: waiters give the fork `LAST_BOUND` from here.
     pub(crate) fn commit(&self, shut: u32) -> bool {
         self.deadline.store(sync::now().saturating_add(LAST_BOUND), Relaxed);
-        self.still_shut(shut)
+        self.committed.store(shut, SeqCst);
+        fence(SeqCst);
+        let kept = self.still_shut(shut);
+        if !kept {
+            self.was_reopened(shut);
+        }
+        kept
     }
 
     /// Leaves the gate open for `ns` and comes back early if a thread that holds something wants to fork.
@@ -713,6 +754,7 @@ impl<S: Seats> Gate<S> {
     pub(crate) fn reset(&self) {
         let w = self.word.load(Relaxed);
         self.word.store((w & !STATE).wrapping_add(EPOCH) | self.mode.load(Relaxed), Relaxed);
+        self.committed.store(0, Relaxed);
         for word in [&self.waiters, &self.courteous, &self.drain, &self.sleeping, &self.role, &self.queued, &self.turn]
         {
             if !fault("reset_keeps_words") {

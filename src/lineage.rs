@@ -66,6 +66,9 @@ pub struct Stats {
     pub refused: u64,
     /// Foreign forks that went ahead dirty.
     pub dirty: u64,
+    /// Foreign forks that took so long that a waiting thread reopened the gate: children of theirs may be dirty, and know it by
+    /// their [`lineage`].
+    pub late: u64,
     /// Foreign forks inside a region of the forking thread (G4).
     pub in_region: u64,
     /// Children that ended before they began, because libc's fork cannot be called off (G2).
@@ -99,6 +102,7 @@ pub fn stats() -> Stats {
         foreign: count().foreign.load(Relaxed),
         refused: count().refused.load(Relaxed),
         dirty: count().dirty.load(Relaxed),
+        late: count().late.load(Relaxed),
         in_region: count().in_region.load(Relaxed),
         thrown_away: count().thrown_away.load(Relaxed),
         reopened: gate().reopened.load(Relaxed),

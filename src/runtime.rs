@@ -45,6 +45,8 @@ struct State {
     bypassed: AtomicBool,
     /// A care-fd that every child closes was registered once: the registry has something to look for.
     closes_at_fork: AtomicBool,
+    /// This child registered care-fds before its clean-up.
+    young: AtomicBool,
     /// The budget of foreign forks in ns; `u64::MAX` is never (G6).
     foreign_budget: AtomicU64,
     count: Counters,
@@ -67,12 +69,14 @@ static STATE: State = State {
     dirty: AtomicBool::new(false),
     bypassed: AtomicBool::new(false),
     closes_at_fork: AtomicBool::new(false),
+    young: AtomicBool::new(false),
     foreign_budget: AtomicU64::new(5_000_000_000),
     count: Counters {
         forks: AtomicU64::new(0),
         foreign: AtomicU64::new(0),
         refused: AtomicU64::new(0),
         dirty: AtomicU64::new(0),
+        late: AtomicU64::new(0),
         in_region: AtomicU64::new(0),
         thrown_away: AtomicU64::new(0),
         unreported: AtomicU64::new(0),
@@ -97,6 +101,7 @@ pub(crate) struct Counters {
     pub(crate) foreign: AtomicU64,
     pub(crate) refused: AtomicU64,
     pub(crate) dirty: AtomicU64,
+    pub(crate) late: AtomicU64,
     pub(crate) in_region: AtomicU64,
     pub(crate) thrown_away: AtomicU64,
     pub(crate) unreported: AtomicU64,
@@ -245,6 +250,17 @@ pub(crate) fn print_wait() -> &'static WaitWord {
 pub(crate) fn first_clean_up() -> bool {
     let generation = generation_unmarked();
     STATE.cleaned.swap(generation, AcqRel) != generation
+}
+
+/// Whether what this process registers now is its own and not its parent's: a child before its clean-up. To be called inside a
+/// region.
+#[inline]
+pub(crate) fn is_young() -> bool {
+    let young = STATE.generation.load(Relaxed) != STATE.cleaned.load(Relaxed);
+    if young {
+        STATE.young.store(true, Relaxed);
+    }
+    young
 }
 
 /// Before the first registration of its kind.
@@ -517,6 +533,7 @@ fn take_over(ghosts: bool) {
         &STATE.count.foreign,
         &STATE.count.refused,
         &STATE.count.dirty,
+        &STATE.count.late,
         &STATE.count.in_region,
         &STATE.count.thrown_away,
         &STATE.count.unreported,
@@ -701,13 +718,20 @@ extern "C" fn on_parent() {
         let phase = if has_failed(errno) { Phase::Undo } else { Phase::Parent };
         STATE.hooks.finish(|h| hook::call(h, phase));
         ours = STATE.gate.reopen(shut);
+        if !ours {
+            STATE.gate.was_reopened(shut);
+        }
         STATE.gate.drop_role(me);
     }
     if passage.marking {
         care_table::dirty_ends();
     }
     passage.reopened = !ours;
-    pass_mask(passage, !me.request.load(Relaxed).is_null());
+    let coordinated = !me.request.load(Relaxed).is_null();
+    if !ours && !coordinated {
+        STATE.count.late.fetch_add(1, Relaxed);
+    }
+    pass_mask(passage, coordinated);
     passage.stage = Stage::None;
     sys::set_errno(if errno == 0 { passage.errno } else { errno });
 }
@@ -762,12 +786,14 @@ fn become_child(passage: &mut Passage) {
     passage.coordinated = request.is_some();
     let mut clean = !passage.dirty;
     let mut hooks = false;
+    let mut late = false;
     match passage.stage {
         Stage::Refused => sys::exit_now(0),
         Stage::Committed(shut) => {
             hooks = true;
             if !STATE.gate.still_shut(shut) {
                 clean = false;
+                late = true;
                 if let Some(request) = request {
                     STATE.verdicts.say(me, request.ticket, false);
                     sys::exit_now(0);
@@ -792,10 +818,23 @@ fn become_child(passage: &mut Passage) {
     } else {
         STATE.hooks.reset();
     }
-    if passage.marking {
+    if passage.marking || late {
         care_table::dirty_child();
+    } else {
+        care_table::no_dirty_forks();
+    }
+    if STATE.young.load(Relaxed) {
+        STATE.young.store(false, Relaxed);
+        care_table::grow_up();
     }
     close_at_fork();
+    if late
+        && !sys::say(
+            b"carefork: this child of a fork by foreign code is dirty: the fork took so long that a waiting thread reopened the gate\n",
+        )
+    {
+        STATE.count.unreported.fetch_add(1, Relaxed);
+    }
     if let Some(me) = me {
         me.set_entered(false);
     }

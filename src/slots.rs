@@ -3,7 +3,7 @@
 #![allow(unsafe_code)]
 
 use crate::gate::{GHOST, Seats, Slot, VACANT};
-use crate::sys;
+use crate::{care_table, sys};
 use std::sync::atomic::{AtomicPtr, AtomicU32, Ordering};
 
 /// The first seats are there without a mapping; each chunk after them doubles what there is.
@@ -140,6 +140,10 @@ impl Seats for SlotTable {
             true
         });
         holders
+    }
+
+    fn loosen(&self, begins: bool) {
+        if begins { care_table::loosen() } else { care_table::dirty_ends() }
     }
 
     fn each(&self, mut f: impl FnMut(&Slot) -> bool) {

@@ -42,6 +42,7 @@ impl<S> Gate<S> {
             word: AtomicU32::new(OPEN),
             mode: AtomicU32::new(OPEN),
             deadline: AtomicU64::new(0),
+            committed: AtomicU32::new(0),
             waiters: AtomicU32::new(0),
             courteous: AtomicU32::new(0),
             drain: AtomicU32::new(0),
@@ -56,9 +57,10 @@ impl<S> Gate<S> {
         }
     }
 
-    fn words(&self) -> [&AtomicU32; 10] {
+    fn words(&self) -> [&AtomicU32; 11] {
         [
             &self.mode,
+            &self.committed,
             &self.waiters,
             &self.courteous,
             &self.drain,

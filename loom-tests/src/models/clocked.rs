@@ -28,6 +28,7 @@ fn waiting_for_each_other_inside_regions() {
         a.join().unwrap();
         b.join().unwrap();
         clock.stop();
+        assert_eq!(w.loose(), 0, "loosened for good");
     });
 }
 
@@ -45,6 +46,7 @@ fn reopened_after_commitment() {
         w.fork_once(w.seat(0), &mut NoHooks, &plan);
         a.join().unwrap();
         clock.stop();
+        assert_eq!(w.loose(), 0, "loosened for good");
     });
 }
 

@@ -46,8 +46,8 @@ fn check_with(preemptions: usize, membarrier: bool, f: impl Fn() + Sync + Send +
     println!("{} interleavings, {:?}", runs.load(Ordering::Relaxed), start.elapsed());
 }
 
-/// The seats of threads 0, 1, ...; their ids are one more.
-struct Table(Vec<Slot>);
+/// The seats of threads 0, 1, ...; their ids are one more. And how often the registry is loosened.
+struct Table(Vec<Slot>, AtomicU32);
 
 impl Seats for Table {
     fn each(&self, mut f: impl FnMut(&Slot) -> bool) {
@@ -56,6 +56,10 @@ impl Seats for Table {
 
     fn seat(&self, id: u32) -> Option<&Slot> {
         self.0.get((id as usize).checked_sub(1)?)
+    }
+
+    fn loosen(&self, begins: bool) {
+        self.1.fetch_add(if begins { 1 } else { u32::MAX }, Ordering::AcqRel);
     }
 }
 
@@ -95,7 +99,7 @@ impl World {
 
     fn with(threads: u32, strict: bool, child: bool) -> Arc<World> {
         Arc::new(World {
-            gate: Gate::new(Table((1..=threads).map(Slot::new).collect())),
+            gate: Gate::new(Table((1..=threads).map(Slot::new).collect(), AtomicU32::new(0))),
             data: (0..threads).map(|_| UnsafeCell::new(0)).collect(),
             inside: (0..threads).map(|_| AtomicU32::new(0)).collect(),
             role: UnsafeCell::new(0),
@@ -178,12 +182,23 @@ impl World {
                 child.goes_on(me.id() as usize - 1);
             }
         }
+        if !forked {
+            // Whoever enters from here on has seen it too: what it registers is marked.
+            assert_ne!(self.loose(), 0, "reopened after the commitment, and the registry knows nothing of it");
+        }
         steps.finish();
         let ours = self.gate.reopen(shut);
         assert!(ours || !self.strict);
+        if !ours {
+            self.gate.was_reopened(shut);
+        }
         self.gate.drop_role(me);
         steps.restore_signals();
         if forked { Ended::Forked } else { Ended::Reopened }
+    }
+
+    fn loose(&self) -> u32 {
+        self.gate.seats.1.load(Ordering::Acquire)
     }
 
     fn copied(&self) -> World {
@@ -195,7 +210,7 @@ impl World {
         }
         // What regions did is copied before what let them begin: see `Gate::copied`.
         let inside = self.inside.iter().map(|i| AtomicU32::new(i.load(Ordering::Acquire))).collect();
-        let seats = Table(self.gate.seats.0.iter().map(Slot::copied).collect());
+        let seats = Table(self.gate.seats.0.iter().map(Slot::copied).collect(), AtomicU32::new(0));
         World {
             gate: self.gate.copied(seats),
             data: self.data.iter().map(|_| UnsafeCell::new(0)).collect(),
