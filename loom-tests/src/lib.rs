@@ -22,6 +22,7 @@ pub mod prepare;
 
 #[path = "../../src/locks"]
 pub mod locks {
+    pub mod word_condvar;
     pub mod word_mutex;
     pub mod word_rw;
 }

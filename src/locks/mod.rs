@@ -8,6 +8,7 @@ mod lazy;
 mod mutex;
 mod once;
 mod rwlock;
+pub(crate) mod word_condvar;
 pub(crate) mod word_mutex;
 pub(crate) mod word_rw;
 #[cfg(test)]

@@ -44,6 +44,11 @@ impl WordMutex {
         Self { word: AtomicU32::new(0) }
     }
 
+    #[cfg(loom)]
+    pub(crate) fn copied(&self) -> Self {
+        Self { word: AtomicU32::new(self.word.load(Relaxed)) }
+    }
+
     /// Takes the lock.
     #[inline]
     pub(crate) fn lock<S: Seats>(&self, gate: &Gate<S>, me: &Slot) -> bool {

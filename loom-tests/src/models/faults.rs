@@ -17,6 +17,11 @@ const FAULTS: &[(&str, &str)] = &[
     ("hook_unmarked", "hooks::unregister_during_a_fork"),
     ("slept_without_bit", "words::a_bit_for_the_second_sleeper"),
     ("unlock_relaxed", "words::three_lockers"),
+    ("condvar_looks_late", "condvars::a_waiter_and_a_notifier"),
+    ("condvar_stands", "condvars::a_waiter_and_a_notifier"),
+    ("condvar_one_takes_bit", "condvars::two_waiters_and_one_notifier"),
+    ("condvar_unused_bit_off", "condvars::two_waiters_and_one_notifier"),
+    ("condvar_timeout_eats", "condvars::a_timed_out_waiter_takes_no_wake_up"),
 ];
 
 /// Far more than a model takes; a hang is no catch.

@@ -8,6 +8,7 @@
 //! Time stands still but for `Clock`. So in a model without one, what the library would mend by a time-out is a deadlock.
 
 mod clocked;
+mod condvars;
 mod faults;
 mod forkers;
 mod hooks;
@@ -204,9 +205,8 @@ impl World {
         }
     }
 
-    /// In the child, where only thread `i` is: what the runtime does there, and then every operation, by threads of the
-    /// child's own in the seats that became free.
-    fn goes_on(&self, i: usize) {
+    /// In the child, where only thread `i` is: what the runtime does there.
+    fn becomes_child(&self, i: usize) {
         let me = self.seat(i);
         self.gate.seats.each(|s| {
             if !std::ptr::eq(s, me) {
@@ -216,6 +216,12 @@ impl World {
         });
         self.gate.reset();
         me.set_entered(false);
+    }
+
+    /// In the child: every operation, by threads of its own in the seats that became free.
+    fn goes_on(&self, i: usize) {
+        self.becomes_child(i);
+        let me = self.seat(i);
         let held = me.depth();
         for s in &self.gate.seats.0 {
             assert!(self.gate.try_enter(s, GUARD), "the child's gate is shut");
