@@ -45,7 +45,7 @@ pub(crate) const FIRST_BOUND: u64 = 1_000_000;
 /// The longest that a pending fork keeps others out at a time, and the bound after commitment.
 pub(crate) const LAST_BOUND: u64 = 100_000_000;
 /// How long a forker lets those in first that an earlier fork kept waiting (G3).
-const COURTESY: u64 = 1_000_000;
+pub(crate) const COURTESY: u64 = 1_000_000;
 /// How often a forker looks again before it sleeps: regions end in nanoseconds, a sleep costs microseconds.
 const LOOKS: u32 = if cfg!(loom) { 0 } else { 200 };
 
@@ -281,7 +281,7 @@ impl<S: Seats> Gate<S> {
             light_fence();
         }
         // Acquire pairs with the opening's Release: this region sees what the forker's hooks left.
-        if self.word.load(Acquire) & STATE != OPEN {
+        if self.word.load(if fault("enter_relaxed") { Relaxed } else { Acquire }) & STATE != OPEN {
             self.enter_slow(me, kind, None);
         }
         true
@@ -336,14 +336,14 @@ impl<S: Seats> Gate<S> {
             }
             me.depth.store(kind, Relaxed);
             fence(SeqCst);
-            if self.word.load(Acquire) & STATE != SHUT {
+            if self.word.load(Acquire) & STATE != SHUT || fault("enter_no_recheck") {
                 break true;
             }
         };
         let last = self.waiters.fetch_sub(1, AcqRel) == 1;
         // Pairs with the kernel's own between `courtesy` calling it and its look at the count.
         fence(SeqCst);
-        if last && self.courteous.load(Relaxed) != 0 {
+        if last && self.courteous.load(Relaxed) != 0 && !fault("courteous_no_wake") {
             sync::futex_wake(&self.waiters, u32::MAX, ANY);
         }
         entered
@@ -378,7 +378,7 @@ impl<S: Seats> Gate<S> {
     pub(crate) fn leave(&self, me: &Slot, kind: u64) {
         let d = me.depth.load(Relaxed);
         // Release pairs with the look round in `look`: the forker, and so the child, sees what this region did.
-        me.depth.store(d - kind, Release);
+        me.depth.store(d - kind, if fault("leave_relaxed") { Relaxed } else { Release });
         if d == kind {
             light_fence();
             if self.word.load(Relaxed) & STATE != OPEN {
@@ -498,7 +498,7 @@ impl<S: Seats> Gate<S> {
     }
 
     fn release_role(&self) {
-        self.role.store(0, Release);
+        self.role.store(0, if fault("role_relaxed") { Relaxed } else { Release });
         self.next_turn();
     }
 
@@ -598,7 +598,7 @@ impl<S: Seats> Gate<S> {
             if !self.still_shut(shut) {
                 break Drain::Reopened;
             }
-            if busy.queued {
+            if busy.queued && !fault("holder_not_first") {
                 // Another thread in a region wants to fork too: who holds nothing lets it go first (G5).
                 break if me.depth() == 0 { Drain::GiveWay } else { Drain::Deadlock };
             }

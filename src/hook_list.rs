@@ -198,7 +198,9 @@ impl<T> HookList<T> {
             }
             let before = self.progress.load(Relaxed);
             // The fence orders both, and pairs with the one in `leave`.
-            self.progress.store(n.key, Relaxed);
+            if !fault("progress_late") {
+                self.progress.store(n.key, Relaxed);
+            }
             fence(SeqCst);
             if n.gone.load(Acquire) != 0 && !fault("hook_unmarked") {
                 self.fell(before);
@@ -206,7 +208,11 @@ impl<T> HookList<T> {
                 return;
             }
             match prepare(&n.value) {
-                Step::Prepared => {}
+                Step::Prepared => {
+                    if fault("progress_late") {
+                        self.progress.store(n.key, Relaxed);
+                    }
+                }
                 Step::Skip => n.skipped.store(fork, Relaxed),
                 Step::Stop => {
                     all = false;
@@ -270,7 +276,7 @@ impl<T> HookList<T> {
             // until then; a fence for every hook would cost each fork more than the rare wait.
             fence(SeqCst);
         }
-        if self.leaving.load(Relaxed) != 0 {
+        if self.leaving.load(Relaxed) != 0 && !fault("fell_no_wake") {
             self.event.fetch_add(1, SeqCst);
             sync::futex_wake(&self.event, u32::MAX, ANY);
         }

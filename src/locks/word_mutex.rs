@@ -158,6 +158,9 @@ impl WordMutex {
 
     /// A wake-up that came together with the time-out is passed on: another sleeper is woken now, or by the present owner.
     fn give_up(&self) -> bool {
+        if fault("timed_out_keeps_wake_up") {
+            return false;
+        }
         let mut word = self.word.load(Relaxed);
         while word & WAIT == 0 && word != 0 {
             match self.word.compare_exchange_weak(word, word | WAIT, Relaxed, Relaxed) {

@@ -18,7 +18,7 @@
 
 use crate::gate::{Gate, LOCK, Seats, Slot};
 use crate::locks::word_mutex::{ghost, recursion};
-use crate::sync::{self, AtomicU32, Ordering, Wake};
+use crate::sync::{self, AtomicU32, Ordering, Wake, fault};
 
 use Ordering::{Acquire, Relaxed, Release};
 
@@ -179,7 +179,7 @@ impl WordRw {
 
     #[inline]
     pub(crate) fn unlock_read<S: Seats>(&self, gate: &Gate<S>, me: &Slot) {
-        let before = self.word.fetch_sub(1, Release);
+        let before = self.word.fetch_sub(1, if fault("read_relaxed") { Relaxed } else { Release });
         if before & WAITS != 0 {
             self.read_ended(before - 1);
         }
@@ -225,7 +225,7 @@ impl WordRw {
     /// From writer to `next`, without waiting bits.
     #[inline]
     fn hand_back(&self, next: u32) {
-        let before = self.word.swap(next, Release);
+        let before = self.word.swap(next, if fault("write_relaxed") { Relaxed } else { Release });
         if before & WAITS != 0 {
             self.wake(before);
         }
@@ -250,10 +250,10 @@ impl WordRw {
     /// Wakes those whose bits were taken off.
     #[cold]
     fn wake(&self, bits: u32) {
-        if bits & READERS_WAIT != 0 {
+        if bits & READERS_WAIT != 0 && !fault("readers_not_woken") {
             sync::futex_wake(&self.word, u32::MAX, READERS);
         }
-        if bits & UPGRADER_WAITS != 0 {
+        if bits & UPGRADER_WAITS != 0 && !fault("upgrader_not_woken") {
             sync::futex_wake(&self.word, 1, UPGRADER);
         }
         if bits & WRITERS_WAIT != 0 {
@@ -264,6 +264,9 @@ impl WordRw {
     /// The end of waiting without the lock: those who stayed out because of this waiter look again, and so does a writer
     /// whose wake-up this one may have had.
     fn pass_on(&self, want: Want) {
+        if fault("timed_out_lets_nobody_in") {
+            return;
+        }
         let writer = if want == Want::Write { WRITERS_WAIT } else { 0 };
         self.wake(self.take_off(WAITS) | writer);
     }
@@ -282,7 +285,7 @@ impl WordRw {
                 now = Want::ReadAgain;
             }
             if self.once(now, me, generation) {
-                if slept && want == Want::Write {
+                if slept && want == Want::Write && !fault("woken_writer_without_bit") {
                     // Others may sleep on, and nobody else was woken in their place.
                     self.word.fetch_or(WRITERS_WAIT, Relaxed);
                 }

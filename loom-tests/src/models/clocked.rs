@@ -40,7 +40,7 @@ fn reopened_after_commitment() {
             w.region(me);
             w.region(me);
         });
-        let clock = Clock::start(2 * crate::gate::LAST_BOUND);
+        let clock = Clock::start(2 * LAST_BOUND);
         let plan = Plan { coordinated: true, deadline: None, let_go_at: None, bound: FIRST_BOUND };
         w.fork_once(w.seat(0), &mut NoHooks, &plan);
         a.join().unwrap();

@@ -12,11 +12,26 @@ const FAULTS: &[(&str, &str)] = &[
     ("shut_no_fence", "regions::two_regions_and_a_forker"),
     ("no_nudge", "regions::two_regions_and_a_forker"),
     ("reopen_no_wake", "regions::two_regions_and_a_forker"),
+    ("enter_relaxed", "regions::two_regions_and_a_forker"),
+    ("leave_relaxed", "regions::the_end_of_a_region"),
+    ("enter_no_recheck", "regions::coming_in_late"),
+    ("courteous_no_wake", "regions::regions_between_two_forks"),
+    ("role_relaxed", "forkers::the_role_alone"),
+    ("holder_not_first", "forkers::the_holder_forks_first"),
     ("turn_no_wake", "forkers::two_forkers_and_a_region"),
     ("reset_keeps_words", "regions::the_child_goes_on_after_another_forker"),
     ("hook_unmarked", "hooks::unregister_during_a_fork"),
+    ("progress_late", "hooks::unregister_during_a_fork"),
+    ("fell_no_wake", "hooks::unregister_during_a_fork"),
     ("slept_without_bit", "words::a_bit_for_the_second_sleeper"),
     ("unlock_relaxed", "words::three_lockers"),
+    ("timed_out_keeps_wake_up", "words::a_timed_out_locker_passes_the_wake_up_on"),
+    ("write_relaxed", "words::a_writer_and_two_readers"),
+    ("read_relaxed", "words::a_writer_and_two_readers"),
+    ("readers_not_woken", "words::a_writer_and_two_readers"),
+    ("woken_writer_without_bit", "words::three_writers_and_a_reader"),
+    ("timed_out_lets_nobody_in", "words::a_timed_out_writer_lets_readers_in"),
+    ("upgrader_not_woken", "words::upgraders_and_a_reader"),
     ("condvar_looks_late", "condvars::a_waiter_and_a_notifier"),
     ("condvar_stands", "condvars::a_waiter_and_a_notifier"),
     ("condvar_one_takes_bit", "condvars::two_waiters_and_one_notifier"),
@@ -55,8 +70,13 @@ fn passes(fault: &str, model: &str) -> bool {
 fn seeded_faults_are_caught() {
     let mut missed = Vec::new();
     for (fault, model) in FAULTS {
+        let begun = Instant::now();
         let caught = !passes(fault, model);
-        println!("{fault}: {model} {}", if caught { "catches it" } else { "does not catch it" });
+        println!(
+            "{fault}: {model} {} ({:?})",
+            if caught { "catches it" } else { "does not catch it" },
+            begun.elapsed()
+        );
         if !caught {
             missed.push((fault, model));
         }

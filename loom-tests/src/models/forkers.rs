@@ -15,6 +15,24 @@ fn two_forkers_and_a_region() {
     });
 }
 
+/// Whoever has the role sees what the last one did, also where no gate was shut: registering relies on it.
+#[test]
+fn the_role_alone() {
+    check(3, || {
+        let w = World::new(2);
+        let changes = |w: &World, me: &Slot| {
+            if w.gate.try_role(me) {
+                // SAFETY: loom checks it.
+                w.role.with_mut(|r| unsafe { *r += 1 });
+                w.gate.drop_role(me);
+            }
+        };
+        let a = w.thread(1, changes);
+        changes(&w, w.seat(0));
+        a.join().unwrap();
+    });
+}
+
 #[test]
 fn three_forkers() {
     check(2, || {

@@ -16,7 +16,7 @@ mod nested;
 mod regions;
 mod words;
 
-use crate::gate::{Busy, FIRST_BOUND, GUARD, Gate, LOCK, Seats, Slot};
+use crate::gate::{Busy, COURTESY, FIRST_BOUND, GUARD, Gate, LAST_BOUND, LOCK, Seats, Slot};
 use crate::prepare::{Hooks, How, Outcome, Plan, Steps, prepare};
 use crate::sync;
 use loom::cell::UnsafeCell;

@@ -2,6 +2,21 @@
 
 use super::*;
 
+/// What a region did is ordered before a fork that found it ended.
+#[test]
+fn the_end_of_a_region() {
+    check(4, || {
+        let w = World::new(2);
+        w.gate.enter(w.seat(1), GUARD);
+        let a = w.thread(1, |w, me| {
+            w.acts(me, 1);
+            w.leave(me, GUARD);
+        });
+        assert_eq!(w.fork(w.seat(0), &mut NoHooks, None), Ended::Forked);
+        a.join().unwrap();
+    });
+}
+
 /// Two regions and a fork: at its instant nobody else is in a region.
 #[test]
 fn two_regions_and_a_forker() {
@@ -27,6 +42,26 @@ fn regions_between_two_forks() {
         assert_eq!(w.fork(w.seat(0), &mut NoHooks, None), Ended::Forked);
         assert_eq!(w.fork(w.seat(0), &mut NoHooks, None), Ended::Forked);
         a.join().unwrap();
+    });
+}
+
+/// Who is slow to come in when the gate opens, past the next fork's courtesy, finds it shut again.
+#[test]
+fn coming_in_late() {
+    check(2, || {
+        let w = World::new(2);
+        let me = w.seat(0);
+        assert!(w.gate.try_role(me));
+        // The bound is far off: nobody but the forker reopens.
+        let shut = w.gate.shut(LAST_BOUND);
+        let a = w.thread(1, World::region);
+        assert!(w.gate.reopen(shut));
+        w.gate.drop_role(me);
+        let clock = thread::spawn(|| sync::advance(COURTESY));
+        let plan = Plan { coordinated: true, deadline: None, let_go_at: None, bound: LAST_BOUND };
+        assert_eq!(w.fork_once(me, &mut NoHooks, &plan), Ended::Forked);
+        a.join().unwrap();
+        clock.join().unwrap();
     });
 }
 
