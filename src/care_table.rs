@@ -1,26 +1,6 @@
 //! The registry of care-fds: one word per descriptor number (F4, F5). No allocation, no lock, no wait.
 //!
-//! # A word
-//! | bits  | meaning                                                                                   |
-//! |-------|-------------------------------------------------------------------------------------------|
-//! | 0-1   | 0 not registered, 1 [`Kind::Cleanup`], 2 [`Kind::Close`]                                  |
-//! | 2     | registered while a dirty fork was under way (below)                                       |
-//! | 3-31  | generation: moved on by each registration, kept by all else                               |
-//!
-//! The word as registered, without bit 2, is the `CareFd`'s *stamp*: it is live while the word equals it. A child that closes a number
-//! clears bits 0-1, so that the stamp never fits again, also when the number is in use once more.
-//!
-//! # Who writes
-//! The number's owner, and nobody else: between the kernel handing the number out and taking it back there is one. So
-//! registering is plain loads and stores. From one owner to the next the kernel orders them (close and open of one
-//! number go through one lock). In a child, the thread that cleans up.
-//!
-//! # Dirty forks
-//! The kernel copies the descriptors before the memory, milliseconds before in a large process. After a dirty fork, during
-//! which other threads go on, a child may so find a number registered that was another's when the descriptors were copied:
-//! closing it would close a stranger's (G6). So what is registered while one is under way is marked, and its child
-//! forgets what is marked. `dirty_begins` and `register` pair like the gate's shutting and entering: either the owner sees
-//! the fork and marks, or the open was over before the descriptors were copied.
+//! What a word says and who may write it: `care_word.rs`.
 //!
 //! # Memory
 //! Words lie in chunks of 64 KiB that are mapped when first needed and never unmapped; a page of them that was never
@@ -28,13 +8,15 @@
 
 #![allow(unsafe_code)]
 
-use crate::sync::{fence_by_other_means, heavy_fence, light_fence};
+pub(crate) use crate::care_word::{Kind, State};
+
+use crate::care_word::{self, Dirty, KIND};
 use crate::{sys, sys_close};
 use std::io;
 use std::os::fd::RawFd;
 use std::sync::atomic::{AtomicPtr, AtomicU32, Ordering};
 
-use Ordering::{AcqRel, Acquire, Relaxed, Release};
+use Ordering::{AcqRel, Acquire, Relaxed};
 
 /// Words in a chunk, and chunks for every number there can be.
 const CHUNK: u32 = 16384;
@@ -42,41 +24,8 @@ const CHUNKS: usize = (1 << 31) / CHUNK as usize;
 /// Words looked at together: a cache line.
 const LINE: u32 = 16;
 
-const KIND: u32 = 3;
-const MARK: u32 = 4;
-const GENERATION: u32 = 8;
-
 /// The registry of this process.
 pub(crate) static TABLE: CareTable = CareTable::new();
-
-/// When a child closes it.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-#[repr(u32)]
-pub(crate) enum Kind {
-    Cleanup = 1,
-    Close = 2,
-}
-
-impl Kind {
-    /// What a word or stamp says; `None` if it is not registered.
-    pub(crate) fn of(word: u32) -> Option<Kind> {
-        match word & KIND {
-            0 => None,
-            1 => Some(Kind::Cleanup),
-            _ => Some(Kind::Close),
-        }
-    }
-}
-
-/// What a number's word says to who holds a stamp.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(crate) enum State {
-    Live,
-    /// Closed by a child's clean-up, or at its fork.
-    Closed,
-    /// Registered again since, by another owner.
-    Taken,
-}
 
 /// A word for every number, two levels deep.
 #[derive(Debug)]
@@ -136,8 +85,7 @@ pub(crate) struct CareTable {
     /// By kind: one more than the highest number ever registered. Numbers are given out lowest first, so this is written
     /// a few times in a process's life and then only read.
     above: [AtomicU32; 2],
-    /// Dirty forks under way.
-    dirty: AtomicU32,
+    dirty: Dirty,
     /// What each number referred to when it was registered: a hash, 0 if that could not be told.
     #[cfg(debug_assertions)]
     identities: Words,
@@ -148,7 +96,7 @@ impl CareTable {
         Self {
             words: Words::new(),
             above: [const { AtomicU32::new(0) }; 2],
-            dirty: AtomicU32::new(0),
+            dirty: Dirty::new(),
             #[cfg(debug_assertions)]
             identities: Words::new(),
         }
@@ -160,46 +108,37 @@ impl CareTable {
     #[inline]
     pub(crate) fn register(&self, fd: RawFd, kind: Kind) -> io::Result<u32> {
         let word = self.words.get_or_map(fd)?;
-        let before = word.load(Acquire);
         #[cfg(debug_assertions)]
-        self.remember(fd, before);
+        self.remember(fd, word.load(Relaxed));
         let above = &self.above[kind as usize - 1];
         if above.load(Relaxed) <= fd as u32 {
             above.fetch_max(fd as u32 + 1, Relaxed);
         }
-        let stamp = (before & !(KIND | MARK)).wrapping_add(GENERATION) | kind as u32;
-        light_fence();
-        let mark = if self.dirty.load(Relaxed) == 0 { 0 } else { MARK };
-        word.store(stamp | mark, Release);
-        Ok(stamp)
+        Ok(care_word::register(word, &self.dirty, kind))
     }
 
-    /// Ends the registration that gave `stamp`. The caller still owns the number: this comes before the close (G6).
-    /// False, and nothing done, if it is not live here. Async-signal-safe.
+    /// Ends the registration that gave `stamp`. False, and nothing done, if it is not live here. Async-signal-safe.
     #[inline]
     pub(crate) fn unregister(&self, fd: RawFd, stamp: u32) -> bool {
-        match self.words.get(fd) {
-            Some(word) if word.load(Relaxed) & !MARK == stamp => {
-                word.store(stamp & !KIND, Release);
-                true
-            }
-            _ => false,
-        }
+        self.unregister_and(fd, stamp, || ())
+    }
+
+    /// Ends the registration that gave `stamp` and lets `close` close the number, in this order (G6). False, and nothing done, if
+    /// it is not live here. Async-signal-safe if `close` is.
+    #[inline]
+    pub(crate) fn unregister_and(&self, fd: RawFd, stamp: u32, close: impl FnOnce()) -> bool {
+        self.words.get(fd).is_some_and(|word| care_word::unregister(word, stamp, close))
     }
 
     /// Whether the registration that gave `stamp` still holds here: `fd` is open and the same. Async-signal-safe.
     #[inline(always)]
     pub(crate) fn is_live(&self, fd: RawFd, stamp: u32) -> bool {
-        self.words.get(fd).is_some_and(|word| word.load(Relaxed) & !MARK == stamp)
+        self.words.get(fd).is_some_and(|word| care_word::fits(word.load(Relaxed), stamp))
     }
 
     /// As `is_live`, and why not.
     pub(crate) fn state(&self, fd: RawFd, stamp: u32) -> State {
-        match self.words.get(fd).map_or(0, |word| word.load(Relaxed)) {
-            word if word & !MARK == stamp => State::Live,
-            word if word & KIND == 0 => State::Closed,
-            _ => State::Taken,
-        }
+        care_word::state(self.words.get(fd).map_or(0, |word| word.load(Relaxed)), stamp)
     }
 
     /// When children close `fd`, if it is registered.
@@ -244,7 +183,7 @@ impl CareTable {
                 return;
             }
             closed += 1;
-            word.store(word.load(Relaxed) & !KIND, Relaxed);
+            care_word::closed(word);
             match &mut run {
                 Some((_, last)) if *last + 1 == fd => *last = fd,
                 _ => {
@@ -260,28 +199,10 @@ impl CareTable {
         (closed, kept)
     }
 
-    /// Before a dirty fork, in its prepare handler: from here on registrations are marked. Async-signal-safe.
-    fn dirty_begins(&self) {
-        self.dirty.fetch_add(1, Relaxed);
-        if !heavy_fence() {
-            fence_by_other_means();
-        }
-    }
-
-    /// After it, in the parent. Marks stay: the child of another dirty fork leaks what bears one, which it may. Async-signal-safe.
-    fn dirty_ends(&self) {
-        self.dirty.fetch_sub(1, Relaxed);
-    }
-
-    /// After it, in the child, before anything is closed: what is marked is not registered here. Async-signal-safe.
+    /// In the child of a dirty fork, before anything is closed: what is marked is not registered here. Async-signal-safe.
     fn dirty_child(&self) {
-        self.dirty.store(0, Relaxed);
-        self.scan(&[Kind::Cleanup, Kind::Close], |_, word| {
-            let w = word.load(Relaxed);
-            if w & MARK != 0 {
-                word.store(w & !(KIND | MARK), Relaxed);
-            }
-        });
+        self.dirty.reset();
+        self.scan(&[Kind::Cleanup, Kind::Close], |_, word| care_word::forget_marked(word));
     }
 
     /// Each word of `kinds` up to the highest ever, a cache line at a time, skipping chunks that were never needed.
@@ -324,13 +245,13 @@ pub(crate) fn close_at_fork() {
     TABLE.close_runs(&[Kind::Close], |_| false, sys::close_range);
 }
 
-/// See `CareTable`'s functions of these names.
+/// See `Dirty`.
 pub(crate) fn dirty_begins() {
-    TABLE.dirty_begins();
+    TABLE.dirty.begins();
 }
 
 pub(crate) fn dirty_ends() {
-    TABLE.dirty_ends();
+    TABLE.dirty.ends();
 }
 
 pub(crate) fn dirty_child() {

@@ -1,6 +1,7 @@
 //! The registry without a fork: words, runs, far numbers.
 
 use super::*;
+use crate::care_word::MARK;
 use std::collections::BTreeSet;
 
 const BOTH: &[Kind] = &[Kind::Cleanup, Kind::Close];
@@ -169,7 +170,7 @@ fn threads_that_need_the_same_chunk_at_once_share_one() {
 fn what_is_registered_during_a_dirty_fork_its_child_leaves_alone() {
     let t = table!();
     let before = t.register(10, Kind::Cleanup).unwrap();
-    t.dirty_begins();
+    t.dirty.begins();
     let (during, close) = (t.register(11, Kind::Cleanup).unwrap(), t.register(12, Kind::Close).unwrap());
     assert!(t.is_live(10, before) && t.is_live(11, during) && t.is_live(12, close), "in the parent all are live");
     assert_eq!(t.state(11, during), State::Live);
@@ -187,16 +188,16 @@ fn what_is_registered_during_a_dirty_fork_its_child_leaves_alone() {
 #[test]
 fn a_mark_does_not_outlive_its_registration_nor_keep_it_from_later_clean_ups() {
     let t = table!();
-    t.dirty_begins();
+    t.dirty.begins();
     let stamp = t.register(10, Kind::Cleanup).unwrap();
-    t.dirty_ends();
+    t.dirty.ends();
     assert!(t.unregister(10, stamp));
     let again = t.register(10, Kind::Cleanup).unwrap();
     assert_ne!(stamp, again);
     assert_eq!(runs(t, BOTH, &[]).0, [(10, 10)]);
-    t.dirty_begins();
+    t.dirty.begins();
     t.register(11, Kind::Cleanup).unwrap();
-    t.dirty_ends();
+    t.dirty.ends();
     assert_eq!(runs(t, BOTH, &[]).0, [(11, 11)], "the child of a clean fork closes it");
 }
 

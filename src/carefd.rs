@@ -264,16 +264,14 @@ impl NoForking {
 impl<T: AsFd + Into<OwnedFd>> Drop for CareFd<T> {
     fn drop(&mut self) {
         let _region = no_forking();
-        if !TABLE.is_live(self.fd, self.stamp) {
-            // Closed by this child: the number may be anybody's, and T does no more on drop than close it.
-            return;
-        }
-        TABLE.unregister(self.fd, self.stamp);
-        if !still_ours(self.fd) {
-            return;
-        }
-        // SAFETY: dropped once, here; `self` is not used afterwards.
-        unsafe { ManuallyDrop::drop(&mut self.value) };
+        let (fd, value) = (self.fd, &mut self.value);
+        // Not live: closed by this child. The number may be anybody's then, and T does no more on drop than close it.
+        TABLE.unregister_and(fd, self.stamp, || {
+            if still_ours(fd) {
+                // SAFETY: dropped once, here; `self` is not used afterwards.
+                unsafe { ManuallyDrop::drop(value) };
+            }
+        });
     }
 }
 

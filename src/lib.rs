@@ -30,6 +30,7 @@ mod gate;
 mod prepare;
 mod hook_list;
 mod slots;
+mod care_word;
 mod care_table;
 mod error;
 mod verdict;

@@ -13,6 +13,8 @@
 #[path = "../../src/sync.rs"]
 pub mod sync;
 
+#[path = "../../src/care_word.rs"]
+pub mod care_word;
 #[path = "../../src/gate.rs"]
 pub mod gate;
 #[path = "../../src/hook_list.rs"]

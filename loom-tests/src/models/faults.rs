@@ -23,6 +23,8 @@ const FAULTS: &[(&str, &str)] = &[
     ("hook_unmarked", "hooks::unregister_during_a_fork"),
     ("progress_late", "hooks::unregister_during_a_fork"),
     ("fell_no_wake", "hooks::unregister_during_a_fork"),
+    ("closed_before_unregistered", "care::the_child_of_a_dirty_fork"),
+    ("registered_unmarked", "care::registered_during_a_dirty_fork"),
     ("slept_without_bit", "words::a_bit_for_the_second_sleeper"),
     ("unlock_relaxed", "words::three_lockers"),
     ("timed_out_keeps_wake_up", "words::a_timed_out_locker_passes_the_wake_up_on"),

@@ -7,6 +7,7 @@
 //!
 //! Time stands still but for `Clock`. So in a model without one, what the library would mend by a time-out is a deadlock.
 
+mod care;
 mod clocked;
 mod condvars;
 mod faults;
