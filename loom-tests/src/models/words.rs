@@ -218,13 +218,33 @@ fn waiting_inside_a_region_for_the_forker() {
             l.locked(me);
             l.gate().leave(me, GUARD);
         });
-        // The forker's question may come just before the other falls asleep: then it asks again after the bound.
+        // The forker's question may come just before the other falls asleep: then it asks again after a while.
         let clock = Clock::start(FIRST_BOUND);
         let ended = l.world.fork(me, &mut NoHooks, None);
         assert!(matches!(ended, Ended::Forked | Ended::Not(Outcome::WouldDeadlock)), "{ended:?}");
         l.mutex.unlock(l.gate(), me);
         join([nested]);
         clock.stop();
+    });
+}
+
+/// A wait for a lock that the forking thread has just let go of is not taken for one, though it holds another.
+#[test]
+fn a_wait_that_has_just_ended() {
+    check(3, || {
+        let l = Locks::new(2);
+        let me = l.me(0);
+        l.mutex.lock(l.gate(), me);
+        let nested = l.thread(1, |l, me| {
+            l.gate().enter(me, GUARD);
+            l.locked(me);
+            l.gate().leave(me, GUARD);
+        });
+        l.mutex.unlock(l.gate(), me);
+        l.gate().enter(me, LOCK);
+        assert_eq!(l.world.fork(me, &mut NoHooks, None), Ended::Forked);
+        l.gate().leave(me, LOCK);
+        join([nested]);
     });
 }
 
