@@ -141,10 +141,15 @@ impl CareTable {
         care_word::state(self.words.get(fd).map_or(0, |word| word.load(Relaxed)), stamp)
     }
 
+    /// The word of `fd`, for [`Kind::of`]. While it is the same, so is the registration, or there is none. Async-signal-safe.
+    pub(crate) fn word(&self, fd: RawFd) -> u32 {
+        self.words.get(fd).map_or(0, |word| word.load(Acquire))
+    }
+
     /// When children close `fd`, if it is registered.
-    #[cfg_attr(not(test), allow(dead_code, reason = "for audit()"))]
-    pub(crate) fn kind(&self, fd: RawFd) -> Option<Kind> {
-        Kind::of(self.words.get(fd)?.load(Relaxed))
+    #[cfg(test)]
+    fn kind(&self, fd: RawFd) -> Option<Kind> {
+        Kind::of(self.word(fd))
     }
 
     /// Calls `f` with each registered number of `kinds`, rising. Async-signal-safe if `f` is.
@@ -157,8 +162,8 @@ impl CareTable {
     }
 
     /// How many numbers are registered.
-    #[cfg_attr(not(test), allow(dead_code, reason = "for report()"))]
-    pub(crate) fn count(&self) -> usize {
+    #[cfg(test)]
+    fn count(&self) -> usize {
         let mut n = 0;
         self.each(&[Kind::Cleanup, Kind::Close], |_, _| n += 1);
         n

@@ -112,6 +112,29 @@ impl<T: AsFd + Into<OwnedFd>> CareFd<T> {
         Self::open_on(OnFork::Cleanup, f)
     }
 
+    /// [`CareFd::open`] where `f` asks the kernel for close-on-exec itself, as all of std does: saves the call that makes sure.
+    ///
+    /// What `f` opened without it leaks into programs that other threads start; builds with debug assertions panic on it.
+    ///
+    /// # Errors
+    /// As for [`CareFd::open`].
+    ///
+    /// ```
+    /// let log = carefork::CareFd::open_cloexec(|| std::fs::File::open("/dev/null"))?;
+    /// # drop(log);
+    /// # Ok::<(), std::io::Error>(())
+    /// ```
+    #[track_caller]
+    pub fn open_cloexec(f: impl FnOnce() -> io::Result<T>) -> io::Result<Self> {
+        let region = no_forking();
+        let value = f()?;
+        debug_assert!(
+            sys::get_fd_flags(value.as_fd().as_raw_fd()).is_ok_and(|flags| flags & libc::FD_CLOEXEC != 0),
+            "CareFd::open_cloexec: what the closure opened is not close-on-exec; open it so, or use CareFd::open"
+        );
+        Ok(region.care_cloexec(OnFork::Cleanup, value)?)
+    }
+
     /// [`CareFd::open`] with a say in when children close it.
     ///
     /// # Errors
@@ -250,11 +273,23 @@ impl NoForking {
     /// As for [`CareFd::new`].
     pub fn care_on<T: AsFd + Into<OwnedFd>>(&self, on: OnFork, value: T) -> Result<CareFd<T>, AdoptError<T>> {
         let fd = value.as_fd().as_raw_fd();
+        if let Err(error) = sys::set_cloexec(fd) {
+            return Err(AdoptError { error, fd, value });
+        }
+        self.care_cloexec(on, value)
+    }
+
+    /// Registers what has close-on-exec set already.
+    pub(crate) fn care_cloexec<T: AsFd + Into<OwnedFd>>(
+        &self,
+        on: OnFork,
+        value: T,
+    ) -> Result<CareFd<T>, AdoptError<T>> {
+        let fd = value.as_fd().as_raw_fd();
         if on == OnFork::Close {
             runtime::will_close_at_fork();
         }
-        let registered = sys::set_cloexec(fd).and_then(|()| TABLE.register(fd, on.kind()));
-        match registered {
+        match TABLE.register(fd, on.kind()) {
             Ok(stamp) => Ok(CareFd { value: ManuallyDrop::new(value), fd, stamp }),
             Err(error) => Err(AdoptError { error, fd, value }),
         }

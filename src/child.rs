@@ -1,6 +1,7 @@
 //! The parent's hold on one child (C1's first part): pid, pidfd, wait, kill.
 
-use crate::carefd::CareFd;
+use crate::carefd::{CareFd, OnFork};
+use crate::region::no_forking;
 use crate::{clock, runtime, sys};
 use std::io;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
@@ -23,9 +24,8 @@ pub struct Child {
 
 impl Child {
     /// After a fork that succeeded: nothing here can fail it.
-    pub(crate) fn new(pid: u32) -> Self {
-        // The number is this child's as long as nobody has reaped it: then so is the pidfd, which was opened before.
-        let pidfd = CareFd::open(|| sys::pidfd_open(pid)).ok().filter(|_| sys::is_unreaped(pid));
+    pub(crate) fn new(pid: u32, watched: bool) -> Self {
+        let pidfd = if watched { watch(pid) } else { None };
         Child { pid, pidfd, status: None, generation: runtime::generation() }
     }
 
@@ -35,7 +35,7 @@ impl Child {
     }
 
     /// The pidfd, readable once the child has ended; a care-fd, so that it does not linger in other children. `None` where the kernel or
-    /// a filter refused one: then everything else works still, with the pid.
+    /// a filter refused one, or [`ForkOptions::pidfd`](crate::ForkOptions::pidfd) said so: then everything else works still, with the pid.
     pub fn pidfd(&self) -> Option<BorrowedFd<'_>> {
         self.pidfd.as_ref().and_then(CareFd::get).map(AsFd::as_fd)
     }
@@ -146,4 +146,12 @@ impl Child {
         }
         Ok(self.status)
     }
+}
+
+fn watch(pid: u32) -> Option<CareFd<OwnedFd>> {
+    let region = no_forking();
+    let pidfd = region.care_cloexec(OnFork::Cleanup, sys::pidfd_open(pid).ok()?).ok()?;
+    drop(region);
+    // The number is this child's as long as nobody has reaped it: then so is the pidfd, which was opened before.
+    sys::is_unreaped(pid).then_some(pidfd)
 }

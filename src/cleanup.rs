@@ -38,7 +38,7 @@ pub struct Cleanup {
 /// assert!(unsafe { carefork::postfork_child_noexec() }.is_err());
 /// ```
 pub unsafe fn postfork_child_noexec() -> Result<Cleanup, NotAChild> {
-    if runtime::generation() == 0 {
+    if runtime::is_no_child() {
         return Err(NotAChild { private: () });
     }
     Ok(run(&[]))

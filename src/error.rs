@@ -2,6 +2,7 @@
 
 use crate::gate::{Busy, NAMED, Seen};
 use crate::prepare::Outcome;
+use crate::print_wait::Waiting;
 use crate::sys;
 use std::borrow::Cow;
 use std::fmt;
@@ -97,7 +98,7 @@ pub struct Culprit {
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 #[non_exhaustive]
 pub struct Culprits {
-    /// The hook whose lock was not to be had, if any.
+    /// The hook whose lock was not to be had, if any; that of [`stdio::guard`](crate::stdio::guard) where it was had late.
     pub hook: Option<&'static str>,
     /// Threads in regions; at most eight are named.
     pub threads: Vec<Culprit>,
@@ -105,6 +106,8 @@ pub struct Culprits {
     pub count: usize,
     /// Another thread's fork held everything up: this one never came to its turn.
     pub queue: bool,
+    /// That fork waits for a stream that a thread holds which is stuck printing: see [`stdio::guard`](crate::stdio::guard).
+    pub waiting: Option<Waiting>,
 }
 
 impl fmt::Display for Culprits {
@@ -125,7 +128,11 @@ impl fmt::Display for Culprits {
             write!(f, "{sep}{} more threads", self.count - self.threads.len())?;
             sep = ", ";
         }
-        if sep.is_empty() { f.write_str("another thread's fork") } else { Ok(()) }
+        match &self.waiting {
+            Some(waiting) => write!(f, "{sep}{waiting}"),
+            None if sep.is_empty() => f.write_str("another thread's fork"),
+            None => Ok(()),
+        }
     }
 }
 
@@ -133,26 +140,35 @@ impl fmt::Display for Culprits {
 #[derive(Debug)]
 pub(crate) struct Report {
     pub(crate) busy: Busy,
-    /// The hook that conflicted or vetoed last.
+    /// The hook that conflicted or vetoed last, or std's streams where they took long.
     pub(crate) hook: Option<&'static str>,
     pub(crate) veto: Option<Cow<'static, str>>,
     pub(crate) panic: Text,
+    /// Another fork that waited for a stream when this one's time was over.
+    pub(crate) print_wait: Option<Waiting>,
 }
 
 impl Report {
     pub(crate) const fn new() -> Self {
-        Self { busy: Busy::NONE, hook: None, veto: None, panic: Text::new() }
+        Self { busy: Busy::NONE, hook: None, veto: None, panic: Text::new(), print_wait: None }
+    }
+
+    /// As new, without freeing what a hook said: that is not for the middle of a fork (G9).
+    pub(crate) fn forget(&mut self) {
+        self.busy.count = 0;
+        self.hook = None;
+        self.print_wait = None;
+        #[allow(clippy::mem_forget)]
+        std::mem::forget(self.veto.take());
+        self.panic.len = 0;
     }
 
     fn culprits(&self) -> Culprits {
-        let threads = self.busy.seen.iter().flatten().map(|s| Culprit {
-            tid: s.tid,
-            name: String::from_utf8_lossy(name(s).as_slice()).trim_end_matches('\0').to_owned(),
-            entered: s.entered,
-        });
+        let threads =
+            self.busy.seen.iter().flatten().map(|s| Culprit { tid: s.tid, name: s.name(), entered: s.entered });
         let threads: Vec<_> = threads.collect();
         let queue = threads.is_empty() && self.hook.is_none();
-        Culprits { hook: self.hook, threads, count: self.busy.count, queue }
+        Culprits { hook: self.hook, threads, count: self.busy.count, queue, waiting: self.print_wait }
     }
 
     /// Allocates: after the fork's return.
@@ -186,6 +202,15 @@ impl Report {
             (_, None) if self.busy.count == 0 => line.push(b"another fork did not end"),
             _ => {}
         }
+        if let Some(w) = self.print_wait {
+            line.push(b": a fork of thread ");
+            line.number(w.tid);
+            line.push(b" has waited for ");
+            line.push(w.stream.name().as_bytes());
+            line.push(b" for ");
+            line.number(u32::try_from(w.waited.as_secs()).unwrap_or(u32::MAX));
+            line.push(b" s: some thread is stuck printing");
+        }
         for s in self.busy.seen.iter().flatten().take(NAMED) {
             line.push(b" [thread ");
             line.number(s.tid);
@@ -202,6 +227,13 @@ impl Report {
         }
         line.push(b"\n");
         sys::say(line.as_bytes())
+    }
+}
+
+impl Seen {
+    /// The thread's name. Allocates.
+    pub(crate) fn name(&self) -> String {
+        String::from_utf8_lossy(&name(self)).trim_end_matches('\0').to_owned()
     }
 }
 

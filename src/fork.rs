@@ -3,12 +3,12 @@
 #![allow(unsafe_code)]
 
 use crate::child::Child;
-use crate::error::{ForkError, Report};
+use crate::error::ForkError;
 use crate::gate::{FIRST_BOUND, LAST_BOUND, Slot};
 use crate::in_child::InChild;
 use crate::options::{ForkOptions, Ready};
 use crate::prepare::Outcome;
-use crate::runtime::{self, Request, count};
+use crate::runtime::{self, Passed, Request, count};
 use crate::{care_table, clock, stdio, sys};
 use std::io::Write;
 use std::os::fd::{AsRawFd, IntoRawFd};
@@ -145,6 +145,7 @@ impl ForkOptions<'_> {
         if me.in_guard() && !runtime::is_off() {
             return Err(ForkError::Forbidden { entered: me.entered() });
         }
+        runtime::forget_report();
         runtime::verdicts().ready().map_err(ForkError::Os)?;
         let begin = clock::now();
         let ns = |d: std::time::Duration| u64::try_from(d.as_nanos()).unwrap_or(u64::MAX);
@@ -154,35 +155,32 @@ impl ForkOptions<'_> {
             bound: FIRST_BOUND,
             ticket: 0,
             outcome: None,
-            ask_child: false,
-            report: Report::new(),
-            mask: None,
         };
         loop {
             request.ticket = runtime::next_ticket();
             request.let_go_at = Some(let_go_at(request.deadline));
             // SAFETY: the caller's promise.
-            let end = unsafe { once(me, &mut request) };
+            let (end, passed) = unsafe { once(me, &mut request) };
             let pid = match end {
                 Ok(0) => {
-                    return Ok(Fork::Child(self.begin_child(ready, request.mask.as_ref())));
+                    return Ok(Fork::Child(self.begin_child(ready, passed.mask.as_ref())));
                 }
                 Ok(pid) => pid,
                 Err(e) => {
-                    restore(&mut request);
+                    restore(&passed);
                     return Err(ForkError::Os(e));
                 }
             };
             let again = match request.outcome {
                 None | Some(Outcome::Committed(_)) => {
-                    let good = !request.ask_child || runtime::verdicts().ask(me, request.ticket, || sys::is_dead(pid));
+                    let good = !passed.ask_child || runtime::verdicts().ask(me, request.ticket, || sys::is_dead(pid));
                     if good {
-                        restore(&mut request);
+                        restore(&passed);
                         count().forks.fetch_add(1, Relaxed);
                         if let Some(armed) = &ready.armed {
                             armed.wait(|| sys::is_dead(pid));
                         }
-                        return Ok(Fork::Parent(Child::new(pid)));
+                        return Ok(Fork::Parent(Child::new(pid, self.pidfd)));
                     }
                     FIRST_BOUND
                 }
@@ -192,11 +190,11 @@ impl ForkOptions<'_> {
             // A child that was none: gone, or taken by a waitpid(-1) elsewhere, which is the same.
             drop(sys::reap(pid, true));
             count().thrown_away.fetch_add(1, Relaxed);
-            restore(&mut request);
+            restore(&passed);
             let over = request.deadline.is_some_and(|d| clock::now() >= d);
             if again == 0 || over {
                 let outcome = request.outcome.take().unwrap_or(Outcome::Busy);
-                return Err(request.report.into_error(outcome));
+                return Err(runtime::take_report().into_error(outcome));
             }
             // Others that wait for a lock of another library's handler get it now.
             sleep(again, request.deadline);
@@ -258,9 +256,9 @@ fn sleep(ns: u64, deadline: Option<u64>) {
     }
 }
 
-fn restore(request: &mut Request) {
-    if let Some(mask) = request.mask.take() {
-        sys::set_mask(&mask);
+fn restore(passed: &Passed) {
+    if let Some(mask) = &passed.mask {
+        sys::set_mask(mask);
     }
 }
 
@@ -268,7 +266,9 @@ fn restore(request: &mut Request) {
 ///
 /// # Safety
 /// As for `fork`.
-unsafe fn once(me: &Slot, request: &mut Request) -> std::io::Result<u32> {
+unsafe fn once(me: &Slot, request: &mut Request) -> (std::io::Result<u32>, Passed) {
+    // Turned off, the handlers do nothing, and the child must have its signals blocked all the same.
+    let mask = runtime::is_off().then(sys::block_all);
     let place = std::ptr::from_mut(request);
     me.request.store(place.cast(), Relaxed);
     me.set_entered(true);
@@ -276,5 +276,6 @@ unsafe fn once(me: &Slot, request: &mut Request) -> std::io::Result<u32> {
     let end = unsafe { sys::fork() };
     me.set_entered(false);
     me.request.store(std::ptr::null_mut(), Relaxed);
-    end
+    let passed = runtime::passed();
+    (end, Passed { mask: passed.mask.or(mask), ..passed })
 }

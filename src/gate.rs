@@ -123,6 +123,11 @@ impl Slot {
         !self.depth().is_multiple_of(LOCK)
     }
 
+    /// Holds a lock of section L.
+    pub(crate) fn holds_lock(&self) -> bool {
+        self.depth() >= LOCK
+    }
+
     /// This thread is in no region but one of `kind`.
     #[inline(always)]
     pub(crate) fn only(&self, kind: u64) -> bool {
@@ -147,6 +152,14 @@ impl Slot {
         location(&self.entered)
     }
 
+    fn seen(&self) -> Seen {
+        Seen {
+            tid: self.tid.load(Relaxed),
+            name: [self.name[0].load(Relaxed), self.name[1].load(Relaxed)],
+            entered: self.entered(),
+        }
+    }
+
     /// A coordinated fork begins or ends on this thread; seen by a forker that meets this seat in a region.
     pub(crate) fn set_entered(&self, on: bool) {
         self.fork.store(if on { ENTERED } else { NONE }, Release);
@@ -168,6 +181,10 @@ pub(crate) trait Seats {
     fn each(&self, f: impl FnMut(&Slot) -> bool);
     /// The seat with that id, if it was ever given out.
     fn seat(&self, id: u32) -> Option<&Slot>;
+    /// Ends the regions of threads that are gone without a word; whether one of them held a lock.
+    fn bury(&self) -> bool {
+        false
+    }
 }
 
 /// Who kept a fork waiting, copied without allocation.
@@ -643,11 +660,7 @@ impl<S: Seats> Gate<S> {
                 return true;
             }
             if busy.count < NAMED {
-                busy.seen[busy.count] = Some(Seen {
-                    tid: s.tid.load(Relaxed),
-                    name: [s.name[0].load(Relaxed), s.name[1].load(Relaxed)],
-                    entered: location(&s.entered),
-                });
+                busy.seen[busy.count] = Some(s.seen());
             }
             busy.count += 1;
             match s.fork.load(SeqCst) {
@@ -658,6 +671,18 @@ impl<S: Seats> Gate<S> {
             let waits = s.waits.load(Acquire);
             if me.depth() != 0 && waits as u32 == me.id() {
                 busy.waits_for_me = Some((s.id(), waits));
+            }
+            true
+        });
+    }
+
+    /// Calls `f` with each thread that is in a region, its guards and its locks.
+    pub(crate) fn each_busy(&self, mut f: impl FnMut(Seen, u32, u32)) {
+        self.seats.each(|s| {
+            // As in `look`.
+            let depth = s.depth.load(Acquire);
+            if depth != 0 && !s.is_ghost() {
+                f(s.seen(), (depth % LOCK) as u32, (depth / LOCK) as u32);
             }
             true
         });
@@ -676,13 +701,12 @@ impl<S: Seats> Gate<S> {
     }
 
     /// Leaves the gate open for `ns` and comes back early if a thread that holds something wants to fork.
-    pub(crate) fn rest(&self, me: &Slot, ns: u64) {
+    pub(crate) fn rest(&self, me: &Slot, ns: u64, busy: &mut Busy) {
         let until = sync::now().saturating_add(ns);
-        let mut busy = Busy::NONE;
         self.sleeping.store(1, SeqCst);
         loop {
             let seen = self.drain.load(SeqCst);
-            self.look(me, &mut busy);
+            self.look(me, busy);
             if busy.queued || sync::futex_wait(&self.drain, seen, ANY, Some(until)) == Wake::TimedOut {
                 break;
             }

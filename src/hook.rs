@@ -1,5 +1,6 @@
 //! Hooks: what a subsystem wants done around a fork, for the locks that carefork cannot see into (H1-H4).
 
+use crate::durations::Clocked;
 use crate::error::{Report, Text};
 use crate::hook_list::{self, Node, Step};
 use crate::prepare::{Hooks, How};
@@ -9,7 +10,7 @@ use std::borrow::Cow;
 use std::fmt;
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::Arc;
-use std::sync::atomic::{AtomicU32, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU32, Ordering};
 
 type Call = Box<dyn Fn() + Send + Sync>;
 type Trial = Box<dyn Fn() -> Result<(), Veto> + Send + Sync>;
@@ -57,7 +58,24 @@ enum Prepare {
     Nothing,
     Call(Call),
     Trial(Trial),
-    Lock(Box<dyn Foreign>),
+    Lock(Arc<Taken<dyn Foreign>>),
+}
+
+/// A foreign lock, and whether a fork has it: one whose `prepare` was replaced is never taken, and so never let go of.
+struct Taken<L: ?Sized> {
+    taken: AtomicBool,
+    lock: L,
+}
+
+/// Lets go of a foreign lock when dropped, after whatever else the hook does.
+struct LetGo<'a>(&'a Taken<dyn Foreign>, fn(&dyn Foreign));
+
+impl Drop for LetGo<'_> {
+    fn drop(&mut self) {
+        if self.0.taken.swap(false, Ordering::Relaxed) {
+            (self.1)(&self.0.lock);
+        }
+    }
 }
 
 /// A subsystem's part in a fork, to be given to [`register`].
@@ -87,14 +105,19 @@ enum Prepare {
 /// # Ok::<(), Box<dyn std::error::Error>>(())
 /// ```
 #[must_use = "a hook counts once it is registered"]
+// What both sides call after a fork comes first, on one cache line with the list's own words.
+#[repr(C)]
 pub struct Hook {
-    name: &'static str,
-    rank: i32,
+    child: Option<Call>,
+    parent: Option<Call>,
     prepare: Prepare,
     undo: Option<Call>,
-    parent: Option<Call>,
-    child: Option<Call>,
-    cleanup: Option<Call>,
+    name: &'static str,
+    rank: i32,
+    /// Shared, so that a clean-up can run it without the list.
+    cleanup: Option<Arc<dyn Fn() + Send + Sync>>,
+    /// What its prepare took, where that was worth a page that the fork would copy.
+    waited: Clocked,
 }
 
 impl fmt::Debug for Hook {
@@ -106,7 +129,16 @@ impl fmt::Debug for Hook {
 impl Hook {
     /// A hook that does nothing yet, of rank 0. The name is what errors and reports call it.
     pub fn new(name: &'static str) -> Self {
-        Hook { name, rank: 0, prepare: Prepare::Nothing, undo: None, parent: None, child: None, cleanup: None }
+        Hook {
+            name,
+            rank: 0,
+            prepare: Prepare::Nothing,
+            undo: None,
+            parent: None,
+            child: None,
+            cleanup: None,
+            waited: Clocked::new(),
+        }
     }
 
     /// Its place in lock order: prepare runs by rising rank, outer locks first; among equals the newest first (H2).
@@ -130,35 +162,65 @@ impl Hook {
 
     /// Runs instead of `parent` where the fork did not happen. Without one, `parent` runs.
     pub fn undo(mut self, f: impl Fn() + Send + Sync + 'static) -> Self {
-        self.undo = Some(Box::new(f));
+        self.undo = Some(self.and_let_go(f, |lock| lock.release()));
         self
     }
 
     /// Runs in the parent after the fork.
     pub fn parent(mut self, f: impl Fn() + Send + Sync + 'static) -> Self {
-        self.parent = Some(Box::new(f));
+        self.parent = Some(self.and_let_go(f, |lock| lock.release()));
         self
     }
 
     /// Runs in every child, also one that will exec in a moment.
     pub fn child(mut self, f: impl Fn() + Send + Sync + 'static) -> Self {
-        self.child = Some(Box::new(f));
+        self.child = Some(self.and_let_go(f, |lock| lock.release_in_child()));
         self
     }
 
     /// Runs in a child that goes on without exec, as part of its clean-up; there it may allocate and start threads.
     pub fn cleanup(mut self, f: impl Fn() + Send + Sync + 'static) -> Self {
-        self.cleanup = Some(Box::new(f));
+        self.cleanup = Some(Arc::new(f));
         self
     }
 
     pub(crate) fn foreign(name: &'static str, lock: impl Foreign + 'static) -> Self {
-        Hook { prepare: Prepare::Lock(Box::new(lock)), ..Hook::new(name) }
+        let lock = Arc::new(Taken { taken: AtomicBool::new(false), lock });
+        let hook = Hook { prepare: Prepare::Lock(lock), ..Hook::new(name) };
+        hook.parent(|| {}).child(|| {})
+    }
+
+    /// `f`; for the hook of a foreign lock, then its release, also where `f` panics.
+    fn and_let_go(&self, f: impl Fn() + Send + Sync + 'static, release: fn(&dyn Foreign)) -> Call {
+        match &self.prepare {
+            Prepare::Lock(lock) => {
+                let lock = Arc::clone(lock);
+                Box::new(move || {
+                    let _after = LetGo(&*lock, release);
+                    f();
+                })
+            }
+            _ => Box::new(f),
+        }
     }
 }
 
-/// What the list holds: shared, so that a clean-up can run it without the list.
-pub(crate) type Registered = Arc<Hook>;
+/// What the list holds.
+pub(crate) type Registered = Hook;
+
+/// With more hooks than this none is timed: reading the clock would cost as much as calling them.
+pub(crate) const TIMED: u32 = 64;
+/// A prepare that took less than this many ns has waited for nothing.
+const WORTH_NOTING: u64 = 1_000;
+
+impl Hook {
+    /// By the role's holder.
+    pub(crate) fn took(&self, ns: u64) {
+        if ns >= WORTH_NOTING {
+            self.waited.note(ns);
+        }
+    }
+}
 
 /// Keeps a hook registered; dropping it takes the hook out (H1).
 ///
@@ -194,7 +256,7 @@ pub fn register(hook: Hook) -> Registration {
     let name = hook.name;
     let key = hook_list::key(hook.rank, SEQUENCE.fetch_add(1, Ordering::Relaxed));
     runtime::generation();
-    let registration = Registration { node: hooks().join(key, Arc::new(hook)), name };
+    let registration = Registration { node: hooks().join(key, hook), name };
     tidy();
     registration
 }
@@ -266,7 +328,8 @@ pub(crate) fn prepare(
     let refusal = match &hook.prepare {
         Prepare::Nothing => return Step::Prepared,
         Prepare::Lock(lock) => {
-            if take(&**lock, how) {
+            if take(&lock.lock, how) {
+                lock.taken.store(true, Ordering::Relaxed);
                 return Step::Prepared;
             }
             report.hook = Some(hook.name);
@@ -338,30 +401,31 @@ fn take_soon(lock: &dyn Foreign, tries: u32) -> bool {
 
 /// Calls a hook after prepare; a panic is reported on fd 2 and goes no further.
 pub(crate) fn call(hook: &Registered, phase: Phase) {
-    let f = match (phase, &hook.prepare) {
-        (Phase::Undo, _) => hook.undo.as_ref().or(hook.parent.as_ref()),
-        (Phase::Parent, _) => hook.parent.as_ref(),
-        (Phase::Child, _) => hook.child.as_ref(),
+    let f = match phase {
+        Phase::Undo => hook.undo.as_ref().or(hook.parent.as_ref()),
+        Phase::Parent => hook.parent.as_ref(),
+        Phase::Child => hook.child.as_ref(),
     };
     if let Some(f) = f
         && let Err(payload) = catch_unwind(AssertUnwindSafe(f))
     {
-        say_panic(hook.name, phase.name(), &message(&*payload));
-        // As above.
-        #[allow(clippy::mem_forget)]
-        std::mem::forget(payload);
+        panicked(hook.name, phase, payload);
     }
-    if let Prepare::Lock(lock) = &hook.prepare {
-        match phase {
-            Phase::Undo | Phase::Parent => lock.release(),
-            Phase::Child => lock.release_in_child(),
-        }
-    }
+}
+
+/// Apart from `call`, for its buffers: a frame that large would have the child copy another page of its stack.
+#[cold]
+#[inline(never)]
+fn panicked(hook: &str, phase: Phase, payload: Box<dyn std::any::Any + Send>) {
+    say_panic(hook, phase.name(), &message(&*payload));
+    // As in `prepare`.
+    #[allow(clippy::mem_forget)]
+    std::mem::forget(payload);
 }
 
 /// Runs the clean-ups in a noexec child, by falling rank; how many, and how many of them panicked.
 pub(crate) fn clean_up() -> (usize, usize) {
-    if hooks().is_empty() {
+    if hooks().is_empty() || runtime::is_off() {
         return (0, 0);
     }
     let me = runtime::me();
@@ -371,20 +435,46 @@ pub(crate) fn clean_up() -> (usize, usize) {
     while !gate().try_role(me) {
         sys::yield_now();
     }
-    hooks().each_living(|h| found.push(Arc::clone(h)));
+    hooks().each_living(|h| found.extend(h.cleanup.as_ref().map(|f| (h.name, Arc::clone(f)))));
     gate().drop_role(me);
     sys::set_mask(&mask);
     let mut panicked = 0;
-    let mut ran = 0;
-    for h in &found {
-        let Some(f) = &h.cleanup else { continue };
-        ran += 1;
-        if let Err(payload) = catch_unwind(AssertUnwindSafe(f)) {
+    for (name, f) in &found {
+        if let Err(payload) = catch_unwind(AssertUnwindSafe(&**f)) {
             panicked += 1;
-            say_panic(h.name, b"cleanup", &message(&*payload));
+            say_panic(name, b"cleanup", &message(&*payload));
         }
     }
-    (ran, panicked)
+    (found.len(), panicked)
+}
+
+/// How often `list` asks for the hooks, and its rest in between, in ns.
+const ASKS: (u32, u64) = (50, 100_000);
+
+/// Names and ranks in the order of prepare; `None` if a fork has the hooks in its hands and does not let go of them soon.
+pub(crate) fn list() -> Option<Vec<(&'static str, i32)>> {
+    let me = runtime::me();
+    if runtime::in_fork() || me.is_forking() {
+        return None;
+    }
+    for _ in 0..ASKS.0 {
+        let mut found = Vec::new();
+        // As in `tidy`, which has the role for an instant too.
+        let mask = sys::block_all();
+        let ours = gate().try_role(me);
+        if ours {
+            hooks().each_living(|h| found.push((h.name, h.rank)));
+            gate().drop_role(me);
+        }
+        sys::set_mask(&mask);
+        if ours {
+            hooks().collect();
+            found.reverse();
+            return Some(found);
+        }
+        sys::sleep(ASKS.1);
+    }
+    None
 }
 
 fn say_panic(hook: &str, phase: &[u8], message: &Text) {

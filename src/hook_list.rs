@@ -12,20 +12,24 @@
 
 #![allow(unsafe_code)]
 
-use crate::sync::{self, ANY, AtomicPtr, AtomicU32, AtomicU64, Ordering, fault, fence};
+use crate::sync::{
+    self, ANY, AtomicPtr, AtomicU32, AtomicU64, Ordering, fault, fence, fence_by_other_means, heavy_fence, light_fence,
+};
 use std::ptr::null_mut;
 
 use Ordering::{AcqRel, Acquire, Relaxed, Release, SeqCst};
 
+/// A cache line begins with what every step along the list reads.
+#[repr(C, align(64))]
 #[derive(Debug)]
 pub(crate) struct Node<T> {
     pub(crate) key: u64,
-    pub(crate) value: T,
     next: AtomicPtr<Node<T>>,
     prev: AtomicPtr<Node<T>>,
-    gone: AtomicU32,
     /// The number of the fork that this hook did not prepare for and must not be called by.
-    skipped: AtomicU64,
+    skipped: AtomicU32,
+    gone: AtomicU32,
+    pub(crate) value: T,
 }
 
 /// The place in lock order of a hook: rising rank, among equals the newest first (H2). Never 0.
@@ -42,13 +46,14 @@ pub(crate) struct HookList<T> {
     pending: AtomicPtr<Node<T>>,
     /// Unlinked, not freed yet: a stack through `next`.
     garbage: AtomicPtr<Node<T>>,
+    linked: AtomicU32,
     progress: AtomicU64,
     /// Moves on when `progress` falls while somebody waits for it.
     event: AtomicU32,
     /// Threads that wait in `leave`; what asks an uncommitted fork to undo.
     leaving: AtomicU32,
-    /// Counts forks; names one in `skipped`.
-    fork: AtomicU64,
+    /// Counts forks; names one in `skipped`, where 4 billion forks later it is forgotten.
+    fork: AtomicU32,
 }
 
 /// What calling a hook's prepare came to.
@@ -69,10 +74,11 @@ impl<T> HookList<T> {
             tail: AtomicPtr::new(null_mut()),
             pending: AtomicPtr::new(null_mut()),
             garbage: AtomicPtr::new(null_mut()),
+            linked: AtomicU32::new(0),
             progress: AtomicU64::new(0),
             event: AtomicU32::new(0),
             leaving: AtomicU32::new(0),
-            fork: AtomicU64::new(1),
+            fork: AtomicU32::new(1),
         }
     }
 
@@ -83,10 +89,11 @@ impl<T> HookList<T> {
             tail: AtomicPtr::new(null_mut()),
             pending: AtomicPtr::new(null_mut()),
             garbage: AtomicPtr::new(null_mut()),
+            linked: AtomicU32::new(0),
             progress: AtomicU64::new(0),
             event: AtomicU32::new(0),
             leaving: AtomicU32::new(0),
-            fork: AtomicU64::new(1),
+            fork: AtomicU32::new(1),
         }
     }
 
@@ -96,11 +103,11 @@ impl<T> HookList<T> {
     pub(crate) fn join(&self, key: u64, value: T) -> *const Node<T> {
         let node = Box::into_raw(Box::new(Node {
             key,
-            value,
             next: AtomicPtr::new(null_mut()),
             prev: AtomicPtr::new(null_mut()),
+            skipped: AtomicU32::new(0),
             gone: AtomicU32::new(0),
-            skipped: AtomicU64::new(0),
+            value,
         }));
         push(&self.pending, node);
         node
@@ -114,9 +121,11 @@ impl<T> HookList<T> {
         // SAFETY: the caller's promise: not left, so neither unlinked nor freed.
         let node = unsafe { &*node };
         let key = node.key;
-        // The last time that this thread touches the node. SeqCst and the fence: see the invariants.
+        // The last time that this thread touches the node. The fence: see the invariants.
         node.gone.store(1, SeqCst);
-        fence(SeqCst);
+        if !heavy_fence() {
+            fence_by_other_means();
+        }
         if !wait || self.progress.load(Acquire) < key {
             return;
         }
@@ -144,6 +153,11 @@ impl<T> HookList<T> {
         self.head.load(Relaxed).is_null() && self.pending.load(Relaxed).is_null()
     }
 
+    /// How many hooks take part in a fork.
+    pub(crate) fn len(&self) -> u32 {
+        self.linked.load(Relaxed)
+    }
+
     /// There is something for `settle` or `collect` to do.
     pub(crate) fn has_leftovers(&self) -> bool {
         !self.pending.load(Relaxed).is_null() || !self.garbage.load(Relaxed).is_null()
@@ -165,6 +179,15 @@ impl<T> HookList<T> {
 
     /// Links the newcomers and unlinks who left.
     pub(crate) fn settle(&self) {
+        self.link_newcomers();
+        self.each(|n| {
+            if n.gone.load(Acquire) != 0 {
+                self.unlink(n);
+            }
+        });
+    }
+
+    fn link_newcomers(&self) {
         let mut node = self.pending.swap(null_mut(), AcqRel);
         while !node.is_null() {
             // SAFETY: pending nodes are alive until unlinked, and only the role's holder unlinks.
@@ -179,29 +202,24 @@ impl<T> HookList<T> {
             }
             node = rest;
         }
-        self.each(|n| {
-            if n.gone.load(Acquire) != 0 {
-                self.unlink(n);
-            }
-        });
     }
 
     /// Calls `prepare` on every hook by rising key. False if one said `Stop`: the hooks before it are prepared still.
     pub(crate) fn prepare(&self, mut prepare: impl FnMut(&T) -> Step) -> bool {
-        let fork = self.fork.load(Relaxed) + 1;
+        let fork = self.fork.load(Relaxed).wrapping_add(1);
         self.fork.store(fork, Relaxed);
-        self.settle();
+        self.link_newcomers();
         let mut all = true;
         self.each(|n| {
             if !all {
                 return;
             }
             let before = self.progress.load(Relaxed);
-            // The fence orders both, and pairs with the one in `leave`.
             if !fault("progress_late") {
                 self.progress.store(n.key, Relaxed);
             }
-            fence(SeqCst);
+            // Pairs with the heavy one in `leave`: leaving pays, not each hook of each fork.
+            light_fence();
             if n.gone.load(Acquire) != 0 && !fault("hook_unmarked") {
                 self.fell(before);
                 self.unlink(n);
@@ -225,7 +243,16 @@ impl<T> HookList<T> {
     }
 
     /// Calls `f` on every hook that was prepared, by falling key.
-    pub(crate) fn finish(&self, mut f: impl FnMut(&T)) {
+    #[inline]
+    pub(crate) fn finish(&self, f: impl FnMut(&T)) {
+        // The code of the walk is a page that a child of a program without hooks need not touch.
+        if self.progress.load(Relaxed) != 0 {
+            self.walk_back(f);
+        }
+    }
+
+    #[inline(never)]
+    fn walk_back(&self, mut f: impl FnMut(&T)) {
         let fork = self.fork.load(Relaxed);
         let reached = self.progress.load(Relaxed);
         let mut at = self.tail.load(Relaxed);
@@ -308,6 +335,7 @@ impl<T> HookList<T> {
         let me = std::ptr::from_ref(n).cast_mut();
         n.prev.store(before, Relaxed);
         n.next.store(after, Relaxed);
+        self.linked.store(self.linked.load(Relaxed) + 1, Relaxed);
         // The node is whole before it can be reached: a dirty child may find the list at any point of this.
         next_place.store(me, Release);
         // SAFETY: as above.
@@ -320,6 +348,7 @@ impl<T> HookList<T> {
         unsafe { before.as_ref() }.map_or(&self.head, |b| &b.next).store(after, Release);
         // SAFETY: as above.
         unsafe { after.as_ref() }.map_or(&self.tail, |a| &a.prev).store(before, Release);
+        self.linked.store(self.linked.load(Relaxed) - 1, Relaxed);
         push(&self.garbage, std::ptr::from_ref(n).cast_mut());
     }
 }

@@ -24,14 +24,17 @@
 mod sync;
 mod sys;
 mod sys_close;
+mod sys_socket;
 mod clock;
 // state
+mod durations;
 mod gate;
 mod prepare;
 mod hook_list;
 mod slots;
 mod care_word;
 mod care_table;
+mod print_wait;
 mod error;
 mod verdict;
 // register
@@ -51,11 +54,17 @@ mod child;
 // child
 mod in_child;
 mod cleanup;
+// seeing
 mod lineage;
+mod columns;
+pub mod audit;
+pub mod report;
 
+pub use audit::{Audit, audit, audit_of};
 pub use carefd::{AdoptError, CareFd, OnFork};
 pub use child::Child;
 pub use cleanup::{Cleanup, postfork_child_noexec};
+pub use durations::Durations;
 pub use error::{Culprit, Culprits, ForkError, NotAChild};
 pub use fork::{Fork, fork, spawn};
 pub use hook::{Hook, Registration, Veto, register};
@@ -64,6 +73,7 @@ pub use lineage::{Lineage, Stats, fork_generation, lineage, set_foreign_budget, 
 pub use locks::*;
 pub use options::ForkOptions;
 pub use region::{NoForking, force_unlock, no_forking, try_no_forking};
+pub use report::{Report, report};
 pub use signals::Signals;
 
 /// What tests and benches need and programs do not: the clock, and the bare registry.

@@ -21,6 +21,19 @@ pub(crate) trait Steps {
     fn hooks(&mut self, how: How) -> Hooks;
     /// Undoes what `hooks` prepared.
     fn undo(&mut self);
+    /// The fork, which holds the role, has waited for something.
+    fn waited(&mut self, _what: Wait, _ns: u64) {}
+}
+
+/// What a fork waits for.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Wait {
+    /// Other forks.
+    Turn,
+    /// Regions of other threads, bounds and rests included.
+    Regions,
+    /// Hooks: one walk along them.
+    Hooks,
 }
 
 /// How far hooks may wait.
@@ -78,12 +91,18 @@ pub(crate) fn prepare<S: Seats>(
     plan: &Plan,
     busy: &mut Busy,
 ) -> Outcome {
+    let begun = sync::now();
     if !gate.take_role(me, plan.deadline) {
         steps.block_signals();
         return Outcome::Busy;
     }
-    let mut run = Run { gate, me, plan, bound: plan.bound, held: false, role: true };
+    let now = sync::now();
+    steps.waited(Wait::Turn, now.saturating_sub(begun));
+    let mut run = Run { gate, me, plan, bound: plan.bound, held: false, role: true, shut_out: None };
     let outcome = run.go(steps, busy);
+    if run.role {
+        run.regions_ended(steps);
+    }
     if !matches!(outcome, Outcome::Committed(_)) {
         if run.held {
             steps.undo();
@@ -104,6 +123,8 @@ struct Run<'a, S> {
     /// The hooks are prepared.
     held: bool,
     role: bool,
+    /// When this wait for the regions began.
+    shut_out: Option<u64>,
 }
 
 impl<S: Seats> Run<'_, S> {
@@ -126,8 +147,14 @@ impl<S: Seats> Run<'_, S> {
             }
             steps.block_signals();
             let shut = self.gate.shut(self.bound);
-            let until = self.until(self.bound);
-            let end = match self.gate.drain(self.me, shut, until, busy) {
+            let now = sync::now();
+            self.shut_out.get_or_insert(now);
+            let until = self.no_later(now.saturating_add(self.bound));
+            let drain = self.gate.drain(self.me, shut, until, busy);
+            if drain == Drain::Drained {
+                self.regions_ended(steps);
+            }
+            let end = match drain {
                 Drain::Drained if self.held => End::Ready,
                 Drain::Drained => match self.hooks(steps, How::Try) {
                     Hooks::Ready => End::Ready,
@@ -165,19 +192,30 @@ impl<S: Seats> Run<'_, S> {
     }
 
     fn hooks(&mut self, steps: &mut impl Steps, how: How) -> Hooks {
+        let begun = sync::now();
         let end = steps.hooks(how);
+        steps.waited(Wait::Hooks, sync::now().saturating_sub(begun));
         self.held = end == Hooks::Ready;
         end
     }
 
+    fn regions_ended(&mut self, steps: &mut impl Steps) {
+        if let Some(begun) = self.shut_out.take() {
+            steps.waited(Wait::Regions, sync::now().saturating_sub(begun));
+        }
+    }
+
     /// The regions did not end in time: others run for as long as they were kept out.
-    fn back_off(&mut self, why: Drain, hooks_were_held: bool, busy: &Busy) -> Option<Outcome> {
+    fn back_off(&mut self, why: Drain, hooks_were_held: bool, busy: &mut Busy) -> Option<Outcome> {
         if why == Drain::GiveWay {
             self.role = self.gate.requeue(self.me, self.plan.deadline);
             return (!self.role).then_some(Outcome::Busy);
         }
         if self.is_over() {
             return Some(Outcome::Busy);
+        }
+        if self.gate.seats.bury() {
+            self.gate.set_ghosts();
         }
         let rest = self.until(self.bound).saturating_sub(sync::now());
         if !hooks_were_held {
@@ -188,7 +226,7 @@ impl<S: Seats> Run<'_, S> {
         if self.plan.coordinated && (let_go || (busy.entered && self.bound > 2 * FIRST_BOUND)) {
             return Some(Outcome::Again(self.bound));
         }
-        self.gate.rest(self.me, rest);
+        self.gate.rest(self.me, rest, busy);
         None
     }
 
@@ -198,7 +236,11 @@ impl<S: Seats> Run<'_, S> {
 
     /// `ns` from now, or the end of the budget.
     fn until(&self, ns: u64) -> u64 {
-        let t = sync::now().saturating_add(ns);
+        self.no_later(sync::now().saturating_add(ns))
+    }
+
+    /// `t`, or the end of the budget.
+    fn no_later(&self, t: u64) -> u64 {
         self.plan.deadline.map_or(t, |d| d.min(t))
     }
 }

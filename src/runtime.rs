@@ -6,16 +6,20 @@
 #![allow(unsafe_code)]
 
 use crate::care_table;
+use crate::durations::Clocked;
 use crate::error::Report;
 use crate::gate::{Busy, FIRST_BOUND, Gate, Slot, VACANT};
 use crate::hook::{self, Phase, Registered};
 use crate::hook_list::HookList;
-use crate::prepare::{self, Hooks, How, Outcome, Plan, Steps};
+use crate::prepare::{self, Hooks, How, Outcome, Plan, Steps, Wait};
+use crate::print_wait::{self, WaitWord};
 use crate::slots::SlotTable;
 use crate::verdict::Pages;
 use crate::{clock, sys};
 use std::cell::{Cell, UnsafeCell};
+use std::mem::ManuallyDrop;
 use std::sync::atomic::{AtomicBool, AtomicPtr, AtomicU32, AtomicU64, Ordering};
+use std::time::Duration;
 
 use Ordering::{AcqRel, Acquire, Relaxed, Release};
 
@@ -27,6 +31,8 @@ struct State {
     /// Points to the word that the kernel zeroes in a child (G10): 1 where this process is the one it was set in. Until
     /// the start it points to a 0 of ours, so that one comparison finds both.
     alive: AtomicPtr<AtomicU32>,
+    /// The process that a child handler has set right, or 0: one that is not marked alive and not this one is a bypass child.
+    told: AtomicU32,
     /// How often this line of processes has forked; copied to children, who add one.
     generation: AtomicU64,
     /// The generation whose clean-up was done.
@@ -42,6 +48,8 @@ struct State {
     /// The budget of foreign forks in ns; `u64::MAX` is never (G6).
     foreign_budget: AtomicU64,
     count: Counters,
+    waited: Waited,
+    print_wait: WaitWord,
     verdicts: Pages,
     tickets: AtomicU32,
     gate: Gate<SlotTable>,
@@ -50,6 +58,7 @@ struct State {
 static STATE: State = State {
     hooks: HookList::new(),
     alive: AtomicPtr::new(&raw const NOT_STARTED as *mut AtomicU32),
+    told: AtomicU32::new(0),
     generation: AtomicU64::new(0),
     cleaned: AtomicU64::new(0),
     start: AtomicU32::new(0),
@@ -68,6 +77,8 @@ static STATE: State = State {
         thrown_away: AtomicU64::new(0),
         unreported: AtomicU64::new(0),
     },
+    waited: Waited { turn: Clocked::new(), regions: Clocked::new(), hooks: Clocked::new(), fork: Clocked::new() },
+    print_wait: WaitWord::new(),
     verdicts: Pages::new(),
     tickets: AtomicU32::new(1),
     gate: Gate::new(SlotTable::new()),
@@ -91,6 +102,16 @@ pub(crate) struct Counters {
     pub(crate) unreported: AtomicU64,
 }
 
+/// What forks waited for, for `stats`; written by the role's holder.
+#[derive(Debug)]
+pub(crate) struct Waited {
+    pub(crate) turn: Clocked,
+    pub(crate) regions: Clocked,
+    pub(crate) hooks: Clocked,
+    /// From the commitment to carefork's handler in the parent: other libraries' handlers and libc's fork.
+    pub(crate) fork: Clocked,
+}
+
 thread_local! {
     static SEAT: Cell<*const Slot> = const { Cell::new(std::ptr::null()) };
     static ROUNDS: Cell<u32> = const { Cell::new(0) };
@@ -109,8 +130,6 @@ enum Stage {
     Refused,
     /// A foreign fork past its budget, or against a veto.
     Dirty,
-    /// `CAREFORK=off`.
-    Off,
     /// In the child, `on_child` has done its work already (another library's child handler came here first).
     Mended,
 }
@@ -126,10 +145,18 @@ struct Passage {
     dirty: bool,
     /// The gate is open: the registry marks what is registered meanwhile.
     marking: bool,
-    /// The mask from before, while signals are blocked.
+    /// The mask from before, while signals are blocked. A coordinated fork takes it from here (`passed`).
     mask: Option<sys::SigSet>,
-    /// In the child: the coordinated fork that made it.
-    request: *mut (),
+    /// When the prepare handler returned.
+    begun: u64,
+    /// In the parent: a waiter had reopened the gate when its handler came.
+    reopened: bool,
+    /// In the child: a coordinated fork made it.
+    coordinated: bool,
+    /// What a coordinated fork has collected. Here and not with its request, so that the frames below libc's fork are small: each
+    /// page of them is copied on both sides.
+    report: ManuallyDrop<Report>,
+    busy: Busy,
 }
 
 impl Passage {
@@ -141,8 +168,42 @@ impl Passage {
         dirty: false,
         marking: false,
         mask: None,
-        request: std::ptr::null_mut(),
+        begun: 0,
+        reopened: false,
+        coordinated: false,
+        report: ManuallyDrop::new(Report::new()),
+        busy: Busy::NONE,
     };
+}
+
+/// What the handlers leave for the coordinated fork on this thread.
+#[derive(Debug)]
+pub(crate) struct Passed {
+    /// The mask from before: signals are blocked still.
+    pub(crate) mask: Option<sys::SigSet>,
+    /// The parent found its gate reopened after commitment: the child knows whether before the fork or after.
+    pub(crate) ask_child: bool,
+}
+
+/// After libc's fork, in the thread that called it. Async-signal-safe.
+pub(crate) fn passed() -> Passed {
+    // SAFETY: as in `on_prepare`.
+    let passage = unsafe { &mut *PASSAGE.with(UnsafeCell::get) };
+    Passed { mask: passage.mask.take(), ask_child: std::mem::take(&mut passage.reopened) }
+}
+
+/// Before a coordinated fork's first try. Async-signal-safe.
+pub(crate) fn forget_report() {
+    // SAFETY: as in `on_prepare`.
+    unsafe { &mut *PASSAGE.with(UnsafeCell::get) }.report.forget();
+}
+
+/// Why this thread's coordinated fork was refused.
+pub(crate) fn take_report() -> Report {
+    // SAFETY: as in `on_prepare`.
+    let passage = unsafe { &mut *PASSAGE.with(UnsafeCell::get) };
+    passage.report.busy = passage.busy;
+    ManuallyDrop::into_inner(std::mem::replace(&mut passage.report, ManuallyDrop::new(Report::new())))
 }
 
 /// A coordinated fork's side of the handlers; lives on the stack of `fork`, named by the seat (`Slot::request`).
@@ -155,10 +216,6 @@ pub(crate) struct Request {
     pub(crate) ticket: u32,
     /// What became of it, for the parent.
     pub(crate) outcome: Option<Outcome>,
-    /// The parent found its gate reopened after commitment: the child knows whether before the fork or after.
-    pub(crate) ask_child: bool,
-    pub(crate) report: Report,
-    pub(crate) mask: Option<sys::SigSet>,
 }
 
 #[inline(always)]
@@ -175,9 +232,18 @@ pub(crate) fn count() -> &'static Counters {
     &STATE.count
 }
 
+pub(crate) fn waited() -> &'static Waited {
+    &STATE.waited
+}
+
+/// Which fork waits for std's streams.
+pub(crate) fn print_wait() -> &'static WaitWord {
+    &STATE.print_wait
+}
+
 /// True for the first to ask in this process.
 pub(crate) fn first_clean_up() -> bool {
-    let generation = generation();
+    let generation = generation_unmarked();
     STATE.cleaned.swap(generation, AcqRel) != generation
 }
 
@@ -397,11 +463,14 @@ fn mend(alive: &AtomicU32) {
     }
     // SAFETY: the passage is this thread's own, and the references made of it end with each function.
     let passage = unsafe { &mut *PASSAGE.with(UnsafeCell::get) };
-    if !matches!(passage.stage, Stage::None | Stage::Working | Stage::Mended) {
+    if was_told() {
+        // Only the mark is missing.
+    } else if !matches!(passage.stage, Stage::None | Stage::Working | Stage::Mended) {
         // A real at-fork child in which another library's handler came here before ours.
         become_child(passage);
     } else {
-        STATE.bypassed.store(true, Relaxed);
+        // Turned off, no child is told, and every one may be a real one.
+        if is_off() { &STATE.dirty } else { &STATE.bypassed }.store(true, Relaxed);
         take_over(true);
         STATE.hooks.reset();
         if let Some(s) = seated() {
@@ -411,8 +480,25 @@ fn mend(alive: &AtomicU32) {
     alive.store(HERE, Release);
 }
 
+/// The child handler has set this process right, and nothing but the mark is missing: setting it costs a page, which most
+/// children never need.
+fn was_told() -> bool {
+    STATE.told.load(Relaxed) == sys::getpid()
+}
+
+/// As `generation() == 0`, without setting the mark of a child that has none yet. Async-signal-safe.
+pub(crate) fn is_no_child() -> bool {
+    generation_unmarked() == 0
+}
+
+fn generation_unmarked() -> u64 {
+    if was_told() { STATE.generation.load(Relaxed) } else { generation() }
+}
+
 /// In a child: its thread is alone, whatever the words say.
 fn take_over(ghosts: bool) {
+    let pid = sys::getpid();
+    STATE.told.store(pid, Relaxed);
     STATE.generation.fetch_add(1, Relaxed);
     let me = seated();
     STATE.gate.seats.keep_only(me, ghosts);
@@ -422,7 +508,8 @@ fn take_over(ghosts: bool) {
     STATE.gate.reset();
     STATE.verdicts.forget();
     if let Some(s) = me {
-        s.tid.store(sys::gettid(), Relaxed);
+        // A child's one thread has the number of the process.
+        s.tid.store(pid, Relaxed);
         s.request.store(std::ptr::null_mut(), Relaxed);
     }
     for c in [
@@ -437,6 +524,9 @@ fn take_over(ghosts: bool) {
     ] {
         c.store(0, Relaxed);
     }
+    let Waited { turn, regions, hooks, fork } = &STATE.waited;
+    [turn, regions, hooks, fork].into_iter().for_each(Clocked::reset);
+    STATE.print_wait.clear();
 }
 
 // -- the handlers
@@ -465,8 +555,20 @@ impl Steps for Handlers<'_> {
     fn hooks(&mut self, how: How) -> Hooks {
         self.vetoed = false;
         let mut end = Hooks::Ready;
-        let all =
-            STATE.hooks.prepare(|h| hook::prepare(h, how, self.coordinated, self.report, &mut self.vetoed, &mut end));
+        let timed = STATE.hooks.len() <= hook::TIMED;
+        let mut now = clock::now();
+        let all = STATE.hooks.prepare(|h| {
+            let step = hook::prepare(h, how, self.coordinated, self.report, &mut self.vetoed, &mut end);
+            if timed {
+                let begun = std::mem::replace(&mut now, clock::now());
+                h.took(now.saturating_sub(begun));
+            }
+            step
+        });
+        if STATE.print_wait.take_long() {
+            // Where the budget ends before the fork, this is what has used it up.
+            self.report.hook = Some(print_wait::HOOK);
+        }
         if !all {
             self.undo();
         }
@@ -476,10 +578,22 @@ impl Steps for Handlers<'_> {
     fn undo(&mut self) {
         STATE.hooks.finish(|h| hook::call(h, Phase::Undo));
     }
+
+    fn waited(&mut self, what: Wait, ns: u64) {
+        match what {
+            Wait::Turn => &STATE.waited.turn,
+            Wait::Regions => &STATE.waited.regions,
+            Wait::Hooks => &STATE.waited.hooks,
+        }
+        .note(ns);
+    }
 }
 
 /// Shuts the gate and prepares the hooks, for coordinated and foreign forks alike (G2).
 extern "C" fn on_prepare() {
+    if is_off() {
+        return;
+    }
     // SAFETY: the passage is this thread's own.
     let passage = unsafe { &mut *PASSAGE.with(UnsafeCell::get) };
     if passage.stage != Stage::None {
@@ -496,17 +610,11 @@ extern "C" fn on_prepare() {
     // SAFETY: the request lives on the stack of `fork`, which is below this frame on the same thread, and `fork` looks
     // at it again only after libc's fork has returned.
     let request = unsafe { me.request.load(Relaxed).cast::<Request>().as_mut() };
-    if STATE.off.load(Relaxed) {
-        passage.stage = Stage::Off;
-        if request.is_some() {
-            passage.mask = Some(sys::block_all());
-        }
-        return;
-    }
     match request {
         Some(request) => prepare_coordinated(me, request, passage),
         None => prepare_foreign(me, passage),
     }
+    passage.begun = clock::now();
     // After a failure libc leaves its errno for the parent handlers; after a success nothing touches this 0.
     sys::set_errno(0);
 }
@@ -514,10 +622,9 @@ extern "C" fn on_prepare() {
 fn prepare_coordinated(me: &Slot, request: &mut Request, passage: &mut Passage) {
     let plan =
         Plan { coordinated: true, deadline: request.deadline, let_go_at: request.let_go_at, bound: request.bound };
-    let mut busy = Busy::NONE;
-    let mut steps = Handlers { mask: &mut passage.mask, coordinated: true, report: &mut request.report, vetoed: false };
-    let outcome = prepare::prepare(&STATE.gate, me, &mut steps, &plan, &mut busy);
-    request.report.busy = busy;
+    let mut steps = Handlers { mask: &mut passage.mask, coordinated: true, report: &mut passage.report, vetoed: false };
+    let outcome = prepare::prepare(&STATE.gate, me, &mut steps, &plan, &mut passage.busy);
+    look_for_print_wait(outcome, &mut passage.report);
     request.outcome = Some(outcome);
     passage.stage = match outcome {
         Outcome::Committed(shut) => Stage::Committed(shut),
@@ -530,14 +637,13 @@ fn prepare_foreign(me: &Slot, passage: &mut Passage) {
     if me.in_guard() {
         STATE.count.in_region.fetch_add(1, Relaxed);
     }
+    passage.report.forget();
     let budget = STATE.foreign_budget.load(Relaxed);
     let deadline = (budget != u64::MAX).then(|| clock::now().saturating_add(budget));
     let plan = Plan { coordinated: false, deadline, let_go_at: None, bound: FIRST_BOUND };
-    let mut busy = Busy::NONE;
-    // Not dropped: what a hook said may be on the heap, and freeing is not for here (G9). A veto against a foreign fork is rare.
-    let mut report = std::mem::ManuallyDrop::new(Report::new());
-    let mut steps = Handlers { mask: &mut passage.mask, coordinated: false, report: &mut report, vetoed: false };
-    let outcome = prepare::prepare(&STATE.gate, me, &mut steps, &plan, &mut busy);
+    let mut steps =
+        Handlers { mask: &mut passage.mask, coordinated: false, report: &mut passage.report, vetoed: false };
+    let outcome = prepare::prepare(&STATE.gate, me, &mut steps, &plan, &mut passage.busy);
     let vetoed = steps.vetoed;
     passage.stage = match outcome {
         Outcome::Committed(shut) => Stage::Committed(shut),
@@ -546,10 +652,12 @@ fn prepare_foreign(me: &Slot, passage: &mut Passage) {
     if vetoed || passage.stage == Stage::Dirty {
         passage.dirty = true;
         STATE.count.dirty.fetch_add(1, Relaxed);
-        report.busy = busy;
-        if !report.say(outcome) {
+        passage.report.busy = passage.busy;
+        look_for_print_wait(outcome, &mut passage.report);
+        if !passage.report.say(outcome) {
             STATE.count.unreported.fetch_add(1, Relaxed);
         }
+        passage.report.forget();
     }
     if passage.stage == Stage::Dirty {
         passage.marking = true;
@@ -562,7 +670,19 @@ fn prepare_foreign(me: &Slot, passage: &mut Passage) {
     }
 }
 
+/// A fork that ran out of time may have queued behind one that waits for a stream; its own wait is over. One that has only
+/// begun is not to blame.
+fn look_for_print_wait(outcome: Outcome, report: &mut Report) {
+    if outcome == Outcome::Busy {
+        let waiting = STATE.print_wait.look(clock::now());
+        report.print_wait = waiting.filter(|w| w.waited >= Duration::from_nanos(print_wait::LONG));
+    }
+}
+
 extern "C" fn on_parent() {
+    if is_off() {
+        return;
+    }
     // SAFETY: as in `on_prepare`.
     let passage = unsafe { &mut *PASSAGE.with(UnsafeCell::get) };
     if passage.nested > 0 {
@@ -575,10 +695,9 @@ extern "C" fn on_parent() {
         passage.stage = Stage::None;
         return;
     };
-    // SAFETY: as in `on_prepare`.
-    let request = unsafe { me.request.load(Relaxed).cast::<Request>().as_mut() };
     let mut ours = true;
     if let Stage::Committed(shut) = stage {
+        STATE.waited.fork.note(clock::now().saturating_sub(passage.begun));
         let phase = if has_failed(errno) { Phase::Undo } else { Phase::Parent };
         STATE.hooks.finish(|h| hook::call(h, phase));
         ours = STATE.gate.reopen(shut);
@@ -587,7 +706,8 @@ extern "C" fn on_parent() {
     if passage.marking {
         care_table::dirty_ends();
     }
-    pass_mask(passage, request, ours);
+    passage.reopened = !ours;
+    pass_mask(passage, !me.request.load(Relaxed).is_null());
     passage.stage = Stage::None;
     sys::set_errno(if errno == 0 { passage.errno } else { errno });
 }
@@ -598,22 +718,21 @@ fn has_failed(errno: i32) -> bool {
     matches!(errno, libc::EAGAIN | libc::ENOMEM | libc::ENOSYS | libc::EPERM)
 }
 
-/// The mask is put back at once after a foreign fork; `fork` does it after a coordinated one, when it knows the child.
-fn pass_mask(passage: &mut Passage, request: Option<&mut Request>, ours: bool) {
+/// The mask is put back at once after a foreign fork; a coordinated one does it itself, when it knows the child (`passed`).
+fn pass_mask(passage: &mut Passage, coordinated: bool) {
     passage.dirty = false;
     passage.marking = false;
-    match (passage.mask.take(), request) {
-        (mask, Some(request)) => {
-            request.ask_child = !ours;
-            request.mask = mask;
-        }
-        (Some(mask), None) => sys::set_mask(&mask),
-        (None, None) => {}
+    if !coordinated && let Some(mask) = passage.mask.take() {
+        sys::set_mask(&mask);
     }
 }
 
 /// Registered first, so it runs first in the child: a child that is not to be ends before anyone else's handler.
 extern "C" fn on_child() {
+    if is_off() {
+        close_at_fork();
+        return;
+    }
     // SAFETY: as in `on_prepare`.
     let passage = unsafe { &mut *PASSAGE.with(UnsafeCell::get) };
     if passage.nested > 0 {
@@ -628,9 +747,8 @@ extern "C" fn on_child() {
         become_child(passage);
     }
     passage.stage = Stage::None;
-    // SAFETY: as in `on_prepare`; the request is this child's copy of the forking thread's stack.
-    let request = unsafe { passage.request.cast::<Request>().as_mut() };
-    pass_mask(passage, request, true);
+    let coordinated = std::mem::take(&mut passage.coordinated);
+    pass_mask(passage, coordinated);
     // SAFETY: `on_prepare` stored this thread's own errno location, and the child's one thread has it at the same address.
     unsafe { *passage.errno_at = errno };
 }
@@ -638,9 +756,10 @@ extern "C" fn on_child() {
 /// What `on_child` does, whichever handler of the child comes first.
 fn become_child(passage: &mut Passage) {
     let me = seated();
-    passage.request = me.map_or(std::ptr::null_mut(), |m| m.request.load(Relaxed));
-    // SAFETY: as in `on_child`.
-    let request = unsafe { passage.request.cast::<Request>().as_ref() };
+    let request = me.map_or(std::ptr::null_mut(), |m| m.request.load(Relaxed)).cast::<Request>();
+    // SAFETY: as in `on_prepare`; the request is this child's copy of the forking thread's stack.
+    let request = unsafe { request.as_ref() };
+    passage.coordinated = request.is_some();
     let mut clean = !passage.dirty;
     let mut hooks = false;
     match passage.stage {
@@ -657,7 +776,7 @@ fn become_child(passage: &mut Passage) {
         }
         Stage::Dirty => clean = false,
         // Nothing was shut: as after a plain fork, but nobody is to be blamed.
-        Stage::None | Stage::Working | Stage::Off | Stage::Mended => clean = false,
+        Stage::None | Stage::Working | Stage::Mended => clean = false,
     }
     if let (Some(request), true) = (request, hooks) {
         STATE.verdicts.say(me, request.ticket, true);
@@ -665,10 +784,8 @@ fn become_child(passage: &mut Passage) {
     if !clean {
         STATE.dirty.store(true, Relaxed);
     }
+    // From here on hooks may use regions.
     take_over(!clean);
-    // From here on hooks may use regions: `me` must not think that nobody told this child.
-    // SAFETY: as in `me`.
-    unsafe { &*STATE.alive.load(Relaxed) }.store(HERE, Release);
     if hooks {
         STATE.hooks.forget_waiters();
         STATE.hooks.finish(|h| hook::call(h, Phase::Child));
@@ -678,13 +795,17 @@ fn become_child(passage: &mut Passage) {
     if passage.marking {
         care_table::dirty_child();
     }
-    if STATE.closes_at_fork.load(Relaxed) {
-        care_table::close_at_fork();
-    }
+    close_at_fork();
     if let Some(me) = me {
         me.set_entered(false);
     }
     passage.stage = Stage::Mended;
+}
+
+fn close_at_fork() {
+    if STATE.closes_at_fork.load(Relaxed) {
+        care_table::close_at_fork();
+    }
 }
 
 /// This thread is between the prepare handler and the parent or child handler.

@@ -126,6 +126,22 @@ impl SlotTable {
 }
 
 impl Seats for SlotTable {
+    /// A thread that ended by SYS_exit ran no destructor. Its locks stay held for ever, and their owner's seat is a ghost's.
+    fn bury(&self) -> bool {
+        let mut holders = false;
+        self.each(|s| {
+            let tid = s.tid.load(Ordering::Relaxed);
+            if tid != VACANT && tid != GHOST && s.depth() != 0 && sys::thread_is_gone(tid) {
+                let to = if s.holds_lock() { GHOST } else { VACANT };
+                holders |= to == GHOST;
+                s.clear();
+                s.tid.store(to, Ordering::Release);
+            }
+            true
+        });
+        holders
+    }
+
     fn each(&self, mut f: impl FnMut(&Slot) -> bool) {
         for i in 0..self.used.load(Ordering::SeqCst) {
             if let Some(s) = self.at(i)

@@ -12,28 +12,36 @@
 //!
 //! # Limits
 //! - **This is the one hook that waits without a budget**: std's locks can neither be tried nor waited for with an end. A
-//!   thread that is stuck while it prints, into a pipe that nobody reads, holds up every fork for as long as it is stuck,
-//!   coordinated ones past their budget too. Regions go on meanwhile. A program that cannot have that does not call
-//!   [`guard`], and prints nothing in its children.
+//!   thread that is stuck while it prints, into a pipe that nobody reads, holds up a fork for as long as it is stuck, past
+//!   its budget too. Regions go on meanwhile. The fork cannot say so itself: [`waiting`] tells any other thread. Forks that queue
+//!   behind it end at their budgets and name it, coordinated ones in [`Culprits::waiting`], foreign ones, which go ahead
+//!   dirty, on fd 2 (such a child must not print to that stream); nobody says anything before. A program that cannot have that does not call [`guard`], and prints nothing
+//!   in its children.
 //! - Lock order is standard output, then standard error. A thread that holds `stderr().lock()` and then prints to standard
-//!   output can deadlock with a fork.
+//!   output can deadlock with a fork; [`waiting`] shows that too.
 //! - Standard input is never taken: a reader sleeps in it. A child must not read it while another thread may have been reading.
 //! - Only what poll(2) says can be written at once is flushed. What cannot is the parent's to write: a child's copy of
 //!   it is thrown away, and the child says so on fd 2.
+//! - A fork in a signal handler that interrupts its own thread's printing finds the stream borrowed, which is a panic in
+//!   prepare: a veto (H3).
 //! - C's stdio has buffers of its own, which this does not see.
 //! - While a panic hook runs, its thread is in a region: it must not fork, and one stuck writing its message keeps forks waiting.
 //!   A hook that is set later by `std::panic::set_hook` is not covered, nor is `set_hook` itself.
 
 #![allow(unsafe_code)]
 
+#[cfg(doc)]
+use crate::Culprits;
 use crate::error::Text;
 use crate::hook::{self, Hook, Registration};
-use crate::{region, runtime, sys};
+use crate::{clock, print_wait, region, runtime, sys};
 use std::cell::{Cell, UnsafeCell};
 use std::io::{self, StderrLock, StdoutLock, Write};
 use std::panic::{self, PanicHookInfo};
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering::Relaxed};
 use std::sync::{Arc, Once};
+
+pub use crate::print_wait::{Stream, Waiting};
 
 /// Makes `println!`, `eprintln!` and `panic!` safe in every child, until the registration is dropped; no line of theirs is
 /// lost at a fork, and none comes twice.
@@ -67,12 +75,30 @@ pub fn guard() -> Registration {
     let streams = Arc::new(Streams { held: UnsafeCell::new(None), unflushed: Cell::new(false) });
     let (in_parent, in_child) = (Arc::clone(&streams), Arc::clone(&streams));
     hook::register(
-        Hook::new("std's standard streams")
+        Hook::new(print_wait::HOOK)
             .rank(i32::MAX)
             .prepare(move || streams.take())
             .parent(move || in_parent.release())
             .child(move || in_child.release_in_child()),
     )
+}
+
+/// The fork that waits for a stream at this moment, if one does; most are there for an instant only. One that stays means
+/// that a thread is stuck printing (see the [limits](self#limits)).
+///
+/// For a watchdog, or whoever else wants to know why forks do not come. Async-signal-safe; costs a load and a look at the
+/// clock.
+///
+/// ```
+/// use std::time::Duration;
+/// if let Some(stuck) = carefork::stdio::waiting().filter(|w| w.waited > Duration::from_secs(10)) {
+///     log::warn!("{stuck}");
+/// }
+/// ```
+pub fn waiting() -> Option<Waiting> {
+    // A child's copy may tell of a thread that it does not have.
+    runtime::generation();
+    runtime::print_wait().look(clock::now())
 }
 
 struct Streams {
@@ -93,10 +119,13 @@ static FREE_IN: AtomicU64 = AtomicU64::new(0);
 impl Streams {
     /// Waits for whoever prints. Allocates nothing: std's locks live in its statics, the buffer is there.
     fn take(&self) {
+        let wait = runtime::print_wait().begin(sys::gettid(), Stream::Output, clock::now());
         let mut out = io::stdout().lock();
         // An error is a stream that takes nothing more; what is left in the buffer is as if there had been no room.
         self.unflushed.set(!sys::takes_now(libc::STDOUT_FILENO) || out.flush().is_err());
+        wait.goes_on(Stream::Error, clock::now());
         let err = io::stderr().lock();
+        wait.ends(clock::now());
         // SAFETY: see `Sync`; no reference into the cell outlives a statement.
         unsafe { *self.held.get() = Some((out, err)) };
     }

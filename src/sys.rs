@@ -93,6 +93,11 @@ unsafe fn raw(number: libc::c_long, a: [usize; 6]) -> isize {
     answer
 }
 
+/// The answer of a call made by hand.
+fn rerr(answer: isize) -> io::Result<usize> {
+    usize::try_from(answer).map_err(|_| io::Error::from_raw_os_error(-answer as i32))
+}
+
 // -- time and sleep
 
 pub(crate) fn monotonic() -> u64 {
@@ -136,18 +141,16 @@ pub(crate) fn futex_wake_at(word: *const u32, count: u32, bits: u32) -> usize {
 
 /// FUTEX_WAIT/WAKE across processes, for a word in shared memory.
 pub(crate) fn futex_wait_shared(word: &AtomicU32, expected: u32, relative: u64) {
-    keep_errno(|| {
-        let until = timespec(relative);
-        // SAFETY: as in `futex_wait`; FUTEX_WAIT takes a relative time.
-        unsafe { libc::syscall(libc::SYS_futex, word.as_ptr(), libc::FUTEX_WAIT, expected, &until) };
-    });
+    let until = timespec(relative);
+    let a = [word.as_ptr() as usize, libc::FUTEX_WAIT as usize, expected as usize, &raw const until as usize, 0, 0];
+    // SAFETY: as in `futex_wait`; FUTEX_WAIT takes a relative time.
+    unsafe { raw(libc::SYS_futex, a) };
 }
 
 pub(crate) fn futex_wake_shared(word: &AtomicU32) {
-    keep_errno(|| {
-        // SAFETY: as in `futex_wake_at`.
-        unsafe { libc::syscall(libc::SYS_futex, word.as_ptr(), libc::FUTEX_WAKE, i32::MAX) };
-    });
+    let a = [word.as_ptr() as usize, libc::FUTEX_WAKE as usize, i32::MAX as usize, 0, 0, 0];
+    // SAFETY: as in `futex_wake_at`.
+    unsafe { raw(libc::SYS_futex, a) };
 }
 
 pub(crate) fn yield_now() {
@@ -308,7 +311,7 @@ pub(crate) fn gettid() -> u32 {
 
 pub(crate) fn getpid() -> u32 {
     // SAFETY: no arguments, cannot fail.
-    unsafe { libc::getpid() as u32 }
+    unsafe { raw(libc::SYS_getpid, [0; 6]) as u32 }
 }
 
 pub(crate) fn getppid() -> u32 {
@@ -365,7 +368,9 @@ pub(crate) fn set_mask(mask: &SigSet) {
 /// F_SETFD FD_CLOEXEC: also finds out whether `fd` is open.
 pub(crate) fn set_cloexec(fd: RawFd) -> io::Result<()> {
     // SAFETY: F_SETFD with an integer touches no memory.
-    cerr(unsafe { libc::fcntl(fd, libc::F_SETFD, libc::FD_CLOEXEC) }.into()).map(drop)
+    let answer =
+        unsafe { raw(libc::SYS_fcntl, [fd as usize, libc::F_SETFD as usize, libc::FD_CLOEXEC as usize, 0, 0, 0]) };
+    rerr(answer).map(drop)
 }
 
 pub(crate) fn get_fd_flags(fd: RawFd) -> io::Result<i32> {
@@ -377,19 +382,14 @@ pub(crate) fn get_fd_flags(fd: RawFd) -> io::Result<i32> {
 ///
 /// Two ways: close_range where the kernel has it and no filter refuses it, else one close at a time.
 pub(crate) fn close_range(first: u32, last: u32) {
-    keep_errno(|| {
-        // SAFETY: the caller owns the numbers: it is the child's clean-up, and no other code of the child relies on them.
-        if unsafe { libc::syscall(libc::SYS_close_range, first, last, 0) } == 0 {
-            return;
-        }
-        for fd in first..=last.min(highest_fd()) {
-            // SAFETY: as above. EBADF is harmless, EINTR closes on Linux.
-            #[allow(clippy::disallowed_methods)]
-            unsafe {
-                libc::close(fd as RawFd)
-            };
-        }
-    });
+    // SAFETY: the caller owns the numbers: it is the child's clean-up, and no other code of the child relies on them.
+    if unsafe { raw(libc::SYS_close_range, [first as usize, last as usize, 0, 0, 0, 0]) } == 0 {
+        return;
+    }
+    for fd in first..=last.min(keep_errno(highest_fd)) {
+        // SAFETY: as above. EBADF is harmless, EINTR closes on Linux.
+        unsafe { raw(libc::SYS_close, [fd as usize, 0, 0, 0, 0, 0]) };
+    }
 }
 
 /// No descriptor is above this: the hard limit, which the soft one may have been once.
@@ -464,7 +464,7 @@ pub(crate) fn reap(pid: u32, block: bool) -> io::Result<Option<Option<i32>>> {
 /// A pidfd of `pid`, close-on-exec as the kernel makes it.
 pub(crate) fn pidfd_open(pid: u32) -> io::Result<OwnedFd> {
     // SAFETY: integers only.
-    let fd = cerr(unsafe { libc::syscall(libc::SYS_pidfd_open, pid, 0) })?;
+    let fd = rerr(unsafe { raw(libc::SYS_pidfd_open, [pid as usize, 0, 0, 0, 0, 0]) })?;
     // SAFETY: the kernel just gave us this number.
     Ok(unsafe { OwnedFd::from_raw_fd(fd as RawFd) })
 }
@@ -495,9 +495,10 @@ struct KernelAction {
 }
 
 pub(crate) fn default_disposition(signal: i32) {
-    static DEFAULT: KernelAction = KernelAction { handler: libc::SIG_DFL, flags: 0, restorer: 0, mask: 0 };
-    let a = [signal as usize, &raw const DEFAULT as usize, 0, size_of::<SigSet>(), 0, 0];
-    // SAFETY: DEFAULT is what the kernel expects on x86_64 and aarch64, and a default disposition runs no code of ours.
+    // On the stack, which the child has: a static would be another page to fault in.
+    let default = KernelAction { handler: libc::SIG_DFL, flags: 0, restorer: 0, mask: 0 };
+    let a = [signal as usize, &raw const default as usize, 0, size_of::<SigSet>(), 0, 0];
+    // SAFETY: `default` is what the kernel expects on x86_64 and aarch64, and a default disposition runs no code of ours.
     unsafe { raw(libc::SYS_rt_sigaction, a) };
 }
 
@@ -515,14 +516,34 @@ pub(crate) fn is_ignored(signal: i32) -> bool {
 
 extern "C" fn do_nothing(_: i32) {}
 
+/// Where a handler returns to: rt_sigreturn, in the very bytes by which debuggers know it. libc has the same, but keeps it to
+/// itself.
+#[cfg(target_arch = "x86_64")]
+#[unsafe(naked)]
+unsafe extern "C" fn restorer() {
+    std::arch::naked_asm!("mov rax, 15", "syscall")
+}
+
 /// A handler that does nothing: unlike SIG_IGN it does not survive an exec.
 pub(crate) fn ignore_by_handler(signal: i32) {
-    // SAFETY: sigaction is plain data; all-zero is an empty mask.
-    let mut action: libc::sigaction = unsafe { std::mem::zeroed() };
-    action.sa_sigaction = do_nothing as extern "C" fn(i32) as usize;
-    action.sa_flags = libc::SA_RESTART;
-    // SAFETY: `action` is whole and names a handler that touches nothing.
-    unsafe { libc::sigaction(signal, &action, std::ptr::null_mut()) };
+    #[cfg(target_arch = "x86_64")]
+    const SA_RESTORER: libc::c_ulong = 0x0400_0000;
+    let action = KernelAction {
+        handler: do_nothing as extern "C" fn(i32) as usize,
+        #[cfg(target_arch = "x86_64")]
+        flags: SA_RESTORER | libc::SA_RESTART as libc::c_ulong,
+        #[cfg(target_arch = "x86_64")]
+        restorer: restorer as unsafe extern "C" fn() as usize,
+        // The kernel's own, in the vdso.
+        #[cfg(not(target_arch = "x86_64"))]
+        flags: libc::SA_RESTART as libc::c_ulong,
+        #[cfg(not(target_arch = "x86_64"))]
+        restorer: 0,
+        mask: 0,
+    };
+    let a = [signal as usize, &raw const action as usize, 0, size_of::<SigSet>(), 0, 0];
+    // SAFETY: `action` has the kernel's layout, names a handler that touches nothing, and the way back from it.
+    unsafe { raw(libc::SYS_rt_sigaction, a) };
 }
 
 pub(crate) fn mask_of(signals: &[i32]) -> SigSet {
@@ -594,11 +615,9 @@ pub(crate) fn poll_in(fd: BorrowedFd<'_>, ms: i32) -> io::Result<bool> {
 
 /// Whether `pid` is a child of this process that lives or was not waited for yet.
 pub(crate) fn is_unreaped(pid: u32) -> bool {
-    keep_errno(|| {
-        let flags = libc::WEXITED | libc::WNOHANG | libc::WNOWAIT;
-        // SAFETY: waitid takes no siginfo where there is none to give; WNOWAIT leaves the child as it is.
-        unsafe { libc::waitid(libc::P_PID, pid, std::ptr::null_mut(), flags) == 0 }
-    })
+    let flags = libc::WEXITED | libc::WNOHANG | libc::WNOWAIT;
+    // SAFETY: waitid fills in nothing where there is no place given; WNOWAIT leaves the child as it is.
+    unsafe { raw(libc::SYS_waitid, [libc::P_PID as usize, pid as usize, 0, flags as usize, 0, 0]) == 0 }
 }
 
 /// Whether child `pid` has ended, without reaping it.

@@ -14,6 +14,8 @@ use std::sync::atomic::{AtomicPtr, AtomicU32, Ordering};
 const WORDS: u32 = (sys::PAGE / size_of::<AtomicU32>()) as u32;
 const GOOD: u32 = 1;
 const BAD: u32 = 2;
+/// The parent sleeps on the word. Ticket and this bit are the parent's, before the child has spoken.
+const ASKED: u32 = 3;
 
 /// Where the words are.
 #[derive(Debug)]
@@ -61,8 +63,10 @@ impl Pages {
     /// In the child's handler, before the gate is reset. Async-signal-safe.
     pub(crate) fn say(&self, me: Option<&Slot>, ticket: u32, good: bool) {
         if let Some(w) = me.and_then(|m| self.word(m.id())) {
-            w.store(ticket << 2 | if good { GOOD } else { BAD }, Ordering::Release);
-            sys::futex_wake_shared(w);
+            // Nearly always nobody asks.
+            if w.swap(ticket << 2 | if good { GOOD } else { BAD }, Ordering::AcqRel) & 3 == ASKED {
+                sys::futex_wake_shared(w);
+            }
         }
     }
 
@@ -71,13 +75,18 @@ impl Pages {
         let Some(w) = self.word(me.id()) else { return true };
         loop {
             let seen = w.load(Ordering::Acquire);
-            if seen >> 2 == ticket & (u32::MAX >> 2) && seen & 3 != 0 {
+            if seen >> 2 == ticket & (u32::MAX >> 2) && matches!(seen & 3, GOOD | BAD) {
                 return seen & 3 == GOOD;
             }
             if is_dead() {
                 return true;
             }
-            sys::futex_wait_shared(w, seen, 1_000_000);
+            // What is left of an earlier fork of this thread gives way to the question.
+            let asked = ticket << 2 | ASKED;
+            if seen == asked || w.compare_exchange(seen, asked, Ordering::AcqRel, Ordering::Acquire).is_ok() {
+                // With an end: a child that dies here wakes nobody.
+                sys::futex_wait_shared(w, asked, 1_000_000);
+            }
         }
     }
 

@@ -6,13 +6,11 @@
     clippy::type_complexity
 )]
 
-use carefork::{
-    AdoptError, CareFd, Child, Cleanup, Condvar, Culprit, Culprits, Fork, ForkError, ForkOptions, Held, Hook, InChild,
-    LazyLock, Lineage, MappedMutexGuard, MappedRwLockReadGuard, MappedRwLockWriteGuard, Mutex, MutexGuard, NoForking,
-    NotAChild, OnFork, OnceLock, RawCondvar, RawMutex, RawRwLock, Registration, RwLock, RwLockReadGuard,
-    RwLockUpgradableReadGuard, RwLockWriteGuard, Signals, Stats, Veto, WaitTimeoutResult, force_unlock,
-    fork_generation, no_forking, set_foreign_budget, try_no_forking,
-};
+use carefork::audit::{Care, Descriptor, Fate, Kind};
+use carefork::report::{CareFdEntry, HookEntry, RegionEntry};
+use carefork::stdio::{Stream, Waiting};
+#[allow(clippy::wildcard_imports)]
+use carefork::*;
 use std::cell::Cell;
 use std::error::Error;
 use std::fmt::Debug;
@@ -54,11 +52,17 @@ is!(Child, InChild, Fork, ForkOptions<'static>, Hook, Registration, Veto, Signal
 is!(Lineage, Stats, Culprit, Culprits, NotAChild, ForkError, AdoptError<File>, WaitTimeoutResult => Send + Sync + Debug + Unpin);
 is!(CareFd<File>, CareFd<OwnedFd>, CareFd<net::TcpListener> => Send + Sync + Unpin + Debug + AsFd + AsRawFd);
 is!(Child, InChild, Fork, ForkOptions<'static>, Hook, Registration, Veto, Signals, OnFork, Cleanup, NoForking => Debug);
+is!(Child, ForkOptions<'static>, Signals, OnFork, Cleanup, Lineage, Stats, Durations, CareFd<File> => UnwindSafe + RefUnwindSafe);
 is!(Child, ForkOptions<'static>, Signals, OnFork, Cleanup, Lineage, Stats, CareFd<File> => UnwindSafe + RefUnwindSafe);
+is!(Report, HookEntry, RegionEntry, CareFdEntry => Send + Sync + Debug + Unpin + Clone + Eq);
+is!(Audit, Descriptor, Care, Fate, Kind => Send + Sync + Debug + Unpin + Clone + Eq + UnwindSafe + RefUnwindSafe);
+is!(Care, Fate, Kind => Copy);
+is!(Audit, Fate, Kind, Report => std::fmt::Display);
 is!(ForkError, NotAChild, AdoptError<File>, Veto => Error);
 is!(ForkOptions<'static>, Signals, OnFork, Cleanup, Lineage, Stats, Culprit, Culprits, Veto, NotAChild => Clone);
-is!(OnFork, Cleanup, Lineage, Stats, NotAChild => Copy + Eq);
-is!(ForkOptions<'static>, Signals, Stats, Cleanup, Culprits => Default);
+is!(ForkOptions<'static>, Signals, Stats, Durations, Cleanup, Culprits => Default);
+is!(Stream, Waiting => Send + Sync + Debug + Unpin + UnwindSafe + RefUnwindSafe + std::fmt::Display);
+is!(OnFork, Cleanup, Lineage, Stats, NotAChild, Stream, Waiting => Copy + Eq);
 
 // Regions belong to their thread, and so does what holds one.
 is_not!(NoForking => Send);
@@ -101,9 +105,14 @@ fn functions_have_the_types_they_are_known_by() {
     let _: fn() -> u64 = fork_generation;
     let _: fn() -> Lineage = carefork::lineage;
     let _: fn() -> Stats = carefork::stats;
+    let _: fn() -> io::Result<Audit> = carefork::audit;
+    let _: fn(u32) -> io::Result<Audit> = carefork::audit_of;
+    let _: fn(&Audit) -> String = Audit::to_json;
+    let _: fn() -> Report = carefork::report;
     let _: fn(Option<Duration>) = set_foreign_budget;
     let _: fn(Hook) -> Registration = carefork::register;
     let _: fn() -> Registration = carefork::stdio::guard;
+    let _: fn() -> Option<Waiting> = carefork::stdio::waiting;
 
     let _: unsafe fn(&ForkOptions<'static>) -> Result<Fork, ForkError> = ForkOptions::fork;
     let _: unsafe fn(&ForkOptions<'static>, fn() -> i32) -> Result<Child, ForkError> = ForkOptions::spawn;
@@ -114,9 +123,9 @@ fn functions_have_the_types_they_are_known_by() {
     let _: fn(ForkOptions<'static>, &'static File) -> ForkOptions<'static> = ForkOptions::keep;
     let _: fn(ForkOptions<'static>, i32) -> ForkOptions<'static> = ForkOptions::death_signal;
     let _: fn(ForkOptions<'static>, &str) -> ForkOptions<'static> = ForkOptions::name;
-    let switches: [fn(ForkOptions<'static>, bool) -> ForkOptions<'static>; 3] =
-        [ForkOptions::close_others, ForkOptions::new_session, ForkOptions::stdio_null];
-    assert_eq!(switches.len(), 3);
+    let switches: [fn(ForkOptions<'static>, bool) -> ForkOptions<'static>; 4] =
+        [ForkOptions::close_others, ForkOptions::new_session, ForkOptions::stdio_null, ForkOptions::pidfd];
+    assert_eq!(switches.len(), 4);
 
     let _: fn(&Child) -> u32 = Child::id;
     let _: fn(&mut Child) -> io::Result<ExitStatus> = Child::wait;

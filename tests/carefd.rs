@@ -137,6 +137,9 @@ fn sets_close_on_exec_on_what_came_without() {
         assert!(cloexec(CareFd::open(|| Ok(bare())).expect("opened").as_raw_fd()));
         assert!(cloexec(CareFd::new(bare()).expect("adopted").as_raw_fd()));
         assert!(cloexec(CareFd::new(bare()).expect("adopted").into_inner().as_raw_fd()));
+        assert!(std::panic::catch_unwind(|| CareFd::open_cloexec(|| Ok(bare()))).is_err());
+        let own = CareFd::open_cloexec(|| File::open("/dev/null")).expect("opened");
+        assert!(cloexec(own.as_raw_fd()));
         let region = no_forking();
         assert!(cloexec(region.care(bare()).expect("adopted").as_raw_fd()));
         assert!(cloexec(region.care_on(OnFork::Close, bare()).expect("adopted").as_raw_fd()));

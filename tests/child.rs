@@ -15,7 +15,11 @@ use std::thread;
 use std::time::{Duration, Instant};
 
 fn sleeper() -> Child {
-    forked(&ForkOptions::new(), |_| {
+    sleeper_with(&ForkOptions::new())
+}
+
+fn sleeper_with(options: &ForkOptions<'_>) -> Child {
+    forked(options, |_| {
         thread::sleep(Duration::from_secs(60));
         1
     })
@@ -34,8 +38,13 @@ fn has_pidfds() -> bool {
 
 /// What every child offers, with and without a pidfd.
 fn life_and_death() {
-    let mut child = forked(&ForkOptions::new(), |_| 42);
-    assert_eq!(child.pidfd().is_some(), has_pidfds());
+    lives_and_dies(true);
+}
+
+fn lives_and_dies(watched: bool) {
+    let options = &ForkOptions::new().pidfd(watched);
+    let mut child = forked(options, |_| 42);
+    assert_eq!(child.pidfd().is_some(), watched && has_pidfds());
     assert_eq!(child.wait().expect("a status").code(), Some(42));
     // The same again, by each way to ask.
     assert_eq!(child.wait().expect("a status").code(), Some(42));
@@ -45,7 +54,7 @@ fn life_and_death() {
     child.kill().expect("left alone");
     assert_no_child();
 
-    let mut child = sleeper();
+    let mut child = sleeper_with(options);
     assert!(matches!(child.try_wait(), Ok(None)));
     let begun = Instant::now();
     assert!(matches!(child.wait_timeout(Duration::from_millis(30)), Ok(None)));
@@ -57,19 +66,19 @@ fn life_and_death() {
     assert_no_child();
 
     // Dead and not reaped.
-    let mut child = forked(&ForkOptions::new(), |_| 1);
+    let mut child = forked(options, |_| 1);
     while is_alive(child.id()) {
         thread::yield_now();
     }
     child.kill().expect("it is still ours");
     assert_eq!(child.wait().expect("a status").code(), Some(1));
 
-    let mut child = sleeper();
+    let mut child = sleeper_with(options);
     child.signal(libc::SIGTERM).expect("it is ours");
     assert_eq!(code(&mut child), -libc::SIGTERM);
 
     // Neither killed nor waited for.
-    let child = sleeper();
+    let child = sleeper_with(options);
     let pid = child.id();
     drop(child);
     assert!(is_alive(pid));
@@ -123,6 +132,11 @@ fn stolen() {
 #[test]
 fn with_a_pidfd() {
     isolated("with_a_pidfd", 30, life_and_death);
+}
+
+#[test]
+fn by_number_where_asked_for() {
+    isolated("by_number_where_asked_for", 30, || lives_and_dies(false));
 }
 
 #[test]

@@ -13,8 +13,8 @@ use drive::{
     BOTH, Inside, Kind, MS, SOON, Stop, a_while, block, coordinated, foreign, fork_with, freeze, gettid, inside,
     no_child_left, on_signal, run_clock, signal_thread, until, until_shut,
 };
-use std::sync::Barrier;
 use std::sync::atomic::{AtomicBool, AtomicI32, AtomicU32, AtomicU64, Ordering::SeqCst};
+use std::sync::{Arc, Barrier};
 use std::thread;
 
 fn ends_well(pid: i32) {
@@ -454,6 +454,34 @@ fn pthread_exit_inside_a_region_ends_it() {
             }
             all_is_well();
         }
+    });
+}
+
+/// No destructor runs, and nobody says that the region is over.
+#[test]
+fn a_thread_that_vanishes_inside_a_region_is_buried() {
+    isolated("a_thread_that_vanishes_inside_a_region_is_buried", 30, || {
+        static LOCK: carefork::Mutex<u32> = carefork::Mutex::new(0);
+        for with_lock in [false, true] {
+            let gone = Arc::new(AtomicBool::new(false));
+            let said = Arc::clone(&gone);
+            // Never joined: it has no result.
+            let _handle = thread::spawn(move || {
+                let region = (!with_lock).then(no_forking);
+                let guard = with_lock.then(|| LOCK.lock());
+                said.store(true, SeqCst);
+                // SAFETY: the thread ends here; what it owns is never dropped.
+                unsafe { libc::syscall(libc::SYS_exit, 0) };
+                drop((region, guard));
+            });
+            drive::until(|| gone.load(SeqCst));
+            for kind in BOTH {
+                ends_well(kind.fork(|| 0));
+            }
+            assert_eq!(carefork::stats().dirty, 0);
+        }
+        // Held for ever by nobody: said, not waited for.
+        assert!(std::panic::catch_unwind(|| drop(LOCK.lock())).is_err());
     });
 }
 

@@ -177,12 +177,15 @@ pub(crate) fn serve() {
     }
     let inherit = ForkOptions::new();
     let reset = ForkOptions::new().signals(Signals::Reset);
+    let (inherit_by_pid, reset_by_pid) = (inherit.clone().pidfd(false), reset.clone().pidfd(false));
     let n = (fds.0.len() + fds.1.len()) as u32;
     for line in std::io::stdin().lines() {
         let x = match line.unwrap().as_str() {
             "bare" => time(bare),
             "inherit" => time(|| careful(&inherit)),
             "reset" => time(|| careful(&reset)),
+            "inherit by pid" => time(|| careful(&inherit_by_pid)),
+            "reset by pid" => time(|| careful(&reset_by_pid)),
             "qemu" => time(qemu),
             "cleanup" => in_child(|| {
                 let t = Instant::now();
@@ -216,12 +219,19 @@ pub(crate) fn rows(wanted: &dyn Fn(&str) -> bool) {
             return;
         }
         let (mut a, mut b) = (Server::start(ours.0, ours.1), Server::start(rival.0, rival.1));
-        let r = turns(31, || a.ask(ours.2) / 1000.0, || b.ask(rival.2) / 1000.0);
+        let r = turns(61, || a.ask(ours.2) / 1000.0, || b.ask(rival.2) / 1000.0);
         row(what, r, "µs", limit);
     };
     pair("fork+_exit+wait, Inherit, against bare", (false, "", "inherit"), (true, "", "bare"), 1.06);
     pair("fork+_exit+wait, Reset, against bare", (false, "", "reset"), (true, "", "bare"), 1.10);
     pair("fork+_exit+wait, Reset, against qemu_fork", (false, "", "reset"), (true, "", "qemu"), 1.0);
+    for (what, ours, rival, limit) in [
+        ("Inherit, against bare", "inherit by pid", "bare", 1.06),
+        ("Reset, against bare", "reset by pid", "bare", 1.10),
+        ("Reset, against qemu_fork", "reset by pid", "qemu", 1.0),
+    ] {
+        pair(&format!("fork+_exit+wait without pidfd, {what}"), (false, "", ours), (true, "", rival), limit);
+    }
     pair(
         "fork beside two threads in and out of regions, against bare",
         (false, "regions", "inherit"),

@@ -1,0 +1,57 @@
+//! Text for a terminal: in columns, and without what would move its cursor.
+
+/// No line of a table is longer.
+pub(crate) const COLUMNS: usize = 100;
+
+/// Without what would move a terminal's cursor, or worse.
+pub(crate) fn printable(text: &str) -> String {
+    let mut out = String::with_capacity(text.len());
+    for c in text.chars() {
+        if c.is_control() || ('\u{200b}'..='\u{200f}').contains(&c) || ('\u{2028}'..='\u{202e}').contains(&c) {
+            out.extend(c.escape_default());
+        } else {
+            out.push(c);
+        }
+    }
+    out
+}
+
+/// How many columns a character takes at most. What may be wide counts as wide: a line then is rather too short than too long.
+fn width(c: char) -> usize {
+    if c < '\u{1100}' { 1 } else { 2 }
+}
+
+/// How many columns a text takes at most.
+pub(crate) fn width_of(text: &str) -> usize {
+    text.chars().map(width).sum()
+}
+
+/// At most `columns` wide, by leaving out the middle: both ends of a path say something.
+pub(crate) fn shorten(text: &str, columns: usize) -> String {
+    if width_of(text) <= columns {
+        return text.to_owned();
+    }
+    let room = columns.saturating_sub(3);
+    let take = |room: usize, chars: &mut dyn Iterator<Item = char>| {
+        let mut left = room;
+        chars.take_while(|&c| left.checked_sub(width(c)).inspect(|&l| left = l).is_some()).collect::<Vec<char>>()
+    };
+    let head = take(room / 2, &mut text.chars());
+    let tail = take(room - room / 2, &mut text.chars().rev());
+    head.iter().chain(&['.'; 3]).chain(tail.iter().rev()).collect()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_middle_is_left_out() {
+        assert_eq!(shorten("/short", 6), "/short");
+        assert_eq!(shorten("/a/rather/long/path/to.txt", 15), "/a/rat...to.txt");
+        // What may be wide counts twice.
+        assert_eq!(shorten("日本語日本語", 12), "日本語日本語");
+        assert_eq!(shorten("日本語日本語", 11), "日本...本語");
+        assert_eq!(printable("a\x1b[2J\u{202e}é"), "a\\u{1b}[2J\\u{202e}é");
+    }
+}

@@ -1,0 +1,128 @@
+//! How long things took, in buckets that the handlers of a fork can write: no allocation, no lock (D1).
+
+use std::sync::atomic::{AtomicU32, AtomicU64, Ordering::Relaxed};
+use std::time::Duration;
+
+/// Bucket k counts what took less than 2^k ns and no less than half of that; the last one all that took longer, from 9 minutes on.
+const BUCKETS: usize = 40;
+
+/// Written by one thread at a time, the holder of the gate's role; read by anybody at any time.
+#[derive(Debug)]
+pub(crate) struct Clocked {
+    buckets: [AtomicU32; BUCKETS],
+    total: AtomicU64,
+    longest: AtomicU64,
+}
+
+impl Clocked {
+    pub(crate) const fn new() -> Self {
+        Self { buckets: [const { AtomicU32::new(0) }; BUCKETS], total: AtomicU64::new(0), longest: AtomicU64::new(0) }
+    }
+
+    /// One that took `ns`. Async-signal-safe.
+    pub(crate) fn note(&self, ns: u64) {
+        let bucket = &self.buckets[((u64::BITS - ns.leading_zeros()) as usize).min(BUCKETS - 1)];
+        // One writer: no read-modify-write needed.
+        bucket.store(bucket.load(Relaxed).wrapping_add(1), Relaxed);
+        self.total.store(self.total.load(Relaxed).wrapping_add(ns), Relaxed);
+        if ns > self.longest.load(Relaxed) {
+            self.longest.store(ns, Relaxed);
+        }
+    }
+
+    /// In a child. Async-signal-safe.
+    pub(crate) fn reset(&self) {
+        self.buckets.iter().for_each(|b| b.store(0, Relaxed));
+        self.total.store(0, Relaxed);
+        self.longest.store(0, Relaxed);
+    }
+
+    pub(crate) fn read(&self) -> Durations {
+        let buckets = self.buckets.each_ref().map(|b| u64::from(b.load(Relaxed)));
+        let count: u64 = buckets.iter().sum();
+        let longest = self.longest.load(Relaxed);
+        let below = |share: u64| {
+            let mut left = (count * share).div_ceil(100);
+            let bucket = buckets.iter().position(|&n| {
+                let found = left <= n;
+                left = left.saturating_sub(n);
+                found
+            });
+            let bound = bucket.filter(|&k| k < BUCKETS - 1).map_or(longest, |k| 1 << k);
+            Duration::from_nanos(bound.min(longest))
+        };
+        Durations {
+            count,
+            total: Duration::from_nanos(self.total.load(Relaxed)),
+            longest: Duration::from_nanos(longest),
+            median: below(50),
+            p99: below(99),
+        }
+    }
+}
+
+/// How long something took, over all the times that it happened.
+///
+/// ```
+/// let regions = carefork::stats().regions;
+/// assert!(regions.median <= regions.longest && regions.longest <= regions.total);
+/// ```
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+#[non_exhaustive]
+pub struct Durations {
+    /// How often.
+    pub count: u64,
+    /// All of them together.
+    pub total: Duration,
+    /// The longest.
+    pub longest: Duration,
+    /// Half of them took no longer than this: an upper bound, at most twice what is true.
+    pub median: Duration,
+    /// As `median`, for 99 of 100.
+    pub p99: Duration,
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn of(all: &[u64]) -> Durations {
+        let clocked = Clocked::new();
+        all.iter().for_each(|&ns| clocked.note(ns));
+        clocked.read()
+    }
+
+    #[test]
+    fn nothing_took_nothing() {
+        assert_eq!(of(&[]), Durations::default());
+    }
+
+    #[test]
+    fn bounds_are_never_below_and_at_most_twice() {
+        let all: Vec<u64> = (0..1000).map(|i| i * i * 7 + 1).collect();
+        let d = of(&all);
+        let exact = |share: usize| u128::from(all[all.len() * share / 100 - 1]);
+        for (bound, exact) in [(d.median, exact(50)), (d.p99, exact(99))] {
+            assert!((exact..=2 * exact).contains(&bound.as_nanos()), "{bound:?} for {exact} ns");
+        }
+        assert_eq!((d.count, d.longest.as_nanos()), (1000, u128::from(all[999])));
+        assert_eq!(d.total.as_nanos(), u128::from(all.iter().sum::<u64>()));
+    }
+
+    #[test]
+    fn one_is_its_own_bound() {
+        for ns in [0, 1, 2, 3, 1000, 1 << 38, u64::MAX] {
+            let d = of(&[ns]);
+            let exact = Duration::from_nanos(ns);
+            assert_eq!((d.median, d.p99, d.longest), (exact, exact, exact));
+        }
+    }
+
+    #[test]
+    fn reset_forgets_all() {
+        let clocked = Clocked::new();
+        clocked.note(5);
+        clocked.reset();
+        assert_eq!(clocked.read(), Durations::default());
+    }
+}

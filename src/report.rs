@@ -1,0 +1,186 @@
+//! What this process's carefork has in its hands now: hooks, regions, care-fds, counters (D2).
+//!
+//! [`report`] is for people: a table in a log or on a terminal of a process that does not fork when it should, or whose forks go
+//! ahead dirty. It costs nothing until it is asked for.
+
+use crate::audit::{self, Kind};
+use crate::carefd::OnFork;
+use crate::columns::{COLUMNS, printable, shorten};
+use crate::lineage::{Lineage, Stats, lineage, stats};
+use crate::{hook, runtime};
+use std::fmt;
+use std::os::fd::RawFd;
+use std::panic::Location;
+
+/// Hooks, regions in progress, care-fds and counters of this process.
+///
+/// Waits for nobody, but a few milliseconds for the hooks where a fork has them. Each part is of an instant of its own. Allocates,
+/// so not for hooks and signal handlers. In a child it tells of the child.
+///
+/// ```
+/// let _region = carefork::no_forking();
+/// let report = carefork::report();
+/// assert_eq!(report.regions.len(), 1);
+/// println!("{report}");
+/// ```
+pub fn report() -> Report {
+    let lineage = lineage();
+    // Before anything that opens something, which is a region of its own.
+    let regions = regions();
+    Report { pid: std::process::id(), lineage, regions, hooks: hooks(), care_fds: care_fds(), stats: stats() }
+}
+
+/// What [`report`] found. Shows itself as tables of at most 100 columns.
+#[derive(Clone, Debug, PartialEq, Eq)]
+#[non_exhaustive]
+pub struct Report {
+    /// This process.
+    pub pid: u32,
+    /// How it came to be.
+    pub lineage: Lineage,
+    /// The hooks in the order in which a fork prepares them. `None` while a fork is in progress, which has them in its hands.
+    pub hooks: Option<Vec<HookEntry>>,
+    /// The threads that are in regions or hold carefork's locks: the ones a fork would wait for now.
+    pub regions: Vec<RegionEntry>,
+    /// The registered descriptors, rising.
+    pub care_fds: Vec<CareFdEntry>,
+    /// What was counted.
+    pub stats: Stats,
+}
+
+/// A registered [`Hook`](crate::Hook).
+#[derive(Clone, Debug, PartialEq, Eq)]
+#[non_exhaustive]
+pub struct HookEntry {
+    /// Its place in lock order.
+    pub rank: i32,
+    /// Its name.
+    pub name: &'static str,
+}
+
+/// A thread in a region.
+#[derive(Clone, Debug, PartialEq, Eq)]
+#[non_exhaustive]
+pub struct RegionEntry {
+    /// The kernel's number of the thread.
+    pub tid: u32,
+    /// Its name as it was when it first entered a region, at most 15 bytes.
+    pub name: String,
+    /// Regions that it is in, one inside the other.
+    pub regions: u32,
+    /// Locks of carefork's that it holds or is about to.
+    pub locks: u32,
+    /// Where the outermost of them began, in builds with debug assertions.
+    pub entered: Option<&'static Location<'static>>,
+}
+
+/// A care-fd.
+#[derive(Clone, Debug, PartialEq, Eq)]
+#[non_exhaustive]
+pub struct CareFdEntry {
+    /// Its number.
+    pub number: RawFd,
+    /// When children close it.
+    pub on_fork: OnFork,
+    /// What it is; `None` if it cannot be seen, or is registered and not open: it was closed behind its owner's back.
+    pub kind: Option<Kind>,
+    /// What it leads to, as in [`Descriptor`](crate::audit::Descriptor); empty without a kind.
+    pub target: String,
+}
+
+fn hooks() -> Option<Vec<HookEntry>> {
+    Some(hook::list()?.into_iter().map(|(name, rank)| HookEntry { rank, name }).collect())
+}
+
+fn regions() -> Vec<RegionEntry> {
+    let mut found = Vec::new();
+    runtime::gate().each_busy(|seen, regions, locks| {
+        found.push(RegionEntry { tid: seen.tid, name: seen.name(), regions, locks, entered: seen.entered });
+    });
+    found
+}
+
+fn care_fds() -> Vec<CareFdEntry> {
+    let entry = |(number, on_fork, seen): (RawFd, OnFork, Option<audit::Descriptor>)| CareFdEntry {
+        number,
+        on_fork,
+        kind: seen.as_ref().map(|d| d.kind),
+        target: seen.map(|d| d.target).unwrap_or_default(),
+    };
+    audit::care_fds().into_iter().map(entry).collect()
+}
+
+impl fmt::Display for Report {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let Lineage { generation, dirty, bypass } = self.lineage;
+        write!(f, "carefork in process {}: generation {generation}", self.pid)?;
+        f.write_str(if dirty { ", after a dirty fork" } else { "" })?;
+        writeln!(f, "{}", if bypass { ", after a fork without handlers" } else { "" })?;
+        self.show_stats(f)?;
+        self.show_hooks(f)?;
+        self.show_regions(f)?;
+        self.show_care_fds(f)
+    }
+}
+
+impl Report {
+    fn show_stats(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let s = &self.stats;
+        writeln!(f, "forks: {} own, {} by foreign code, {} refused", s.forks, s.foreign, s.refused)?;
+        let (dirty, inside, away) = (s.dirty, s.in_region, s.thrown_away);
+        writeln!(f, "       {dirty} dirty, {inside} inside a region, {away} children thrown away")?;
+        writeln!(f, "gate: {} times reopened by a waiter; {} lines on fd 2 dropped", s.reopened, s.unreported)
+    }
+
+    fn show_hooks(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let Some(hooks) = &self.hooks else {
+            return writeln!(f, "hooks: a fork is in progress and has them");
+        };
+        writeln!(f, "hooks: {}", hooks.len())?;
+        if !hooks.is_empty() {
+            writeln!(f, "{:>11} NAME", "RANK")?;
+        }
+        for h in hooks {
+            writeln!(f, "{:>11} {}", h.rank, shorten(&printable(h.name), COLUMNS - 12))?;
+        }
+        Ok(())
+    }
+
+    fn show_regions(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        writeln!(f, "threads in regions: {}", self.regions.len())?;
+        if !self.regions.is_empty() {
+            writeln!(f, "{:>11} {:<15} {:>7} {:>5} SINCE", "TID", "NAME", "REGIONS", "LOCKS")?;
+        }
+        for r in &self.regions {
+            // A name may hold wide characters: it is shortened, and padded by hand.
+            let name = shorten(&printable(&r.name), 15);
+            let pad = 15 - crate::columns::width_of(&name).min(15);
+            let head = format!("{:>7} {:>5} ", r.regions, r.locks);
+            let since = r.entered.map_or("-".to_owned(), |at| format!("{}:{}", at.file(), at.line()));
+            let room = COLUMNS - 12 - 16 - head.len();
+            writeln!(f, "{:>11} {name}{:pad$} {head}{}", r.tid, "", shorten(&printable(&since), room))?;
+        }
+        Ok(())
+    }
+
+    /// The last section: the line after it is the caller's.
+    fn show_care_fds(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "care-fds: {}", self.care_fds.len())?;
+        if !self.care_fds.is_empty() {
+            write!(f, "\n{:>11} {:<7} {:<14} TARGET", "FD", "ON FORK", "KIND")?;
+        }
+        for c in &self.care_fds {
+            let on = match c.on_fork {
+                OnFork::Cleanup => "cleanup",
+                OnFork::Close => "close",
+            };
+            let (kind, target) = match c.kind {
+                Some(kind) => (kind.to_string(), c.target.as_str()),
+                None => ("?".to_owned(), "not open, or not to be seen"),
+            };
+            let head = format!("{:>11} {on:<7} {kind:<14} ", c.number);
+            write!(f, "\n{head}{}", shorten(&printable(target), COLUMNS - head.len()))?;
+        }
+        Ok(())
+    }
+}

@@ -1,0 +1,710 @@
+//! F7: what an audit says of descriptors and signals, and that children really get just that.
+
+#![allow(unsafe_code, clippy::disallowed_methods, clippy::expect_used)]
+
+mod common;
+mod kit;
+
+use carefork::audit::{Care, Descriptor, Fate, Kind};
+use carefork::{Audit, CareFd, OnFork, audit, audit_of};
+use common::{Setup, check, fds_of, isolated, isolated_with, self_fds, status_here, status_of};
+use kit::{Stop, bits, block, catch, code, ignore};
+use nix::sys::resource::{Resource, getrlimit, setrlimit};
+use std::fs::{self, File};
+use std::io::{self, Read as _, Write as _};
+use std::net::{TcpListener, TcpStream, UdpSocket};
+use std::os::fd::{AsFd, AsRawFd, FromRawFd, OwnedFd, RawFd};
+use std::os::linux::net::SocketAddrExt as _;
+use std::os::unix::ffi::OsStrExt as _;
+use std::os::unix::fs::OpenOptionsExt as _;
+use std::os::unix::net::{SocketAddr, UnixDatagram, UnixListener, UnixStream};
+use std::path::PathBuf;
+use std::thread;
+
+/// What a system call made.
+#[track_caller]
+fn own(fd: impl TryInto<RawFd>) -> OwnedFd {
+    let fd = fd.try_into().ok().expect("a number");
+    assert!(fd >= 0, "{}", io::Error::last_os_error());
+    // SAFETY: the kernel just gave us this number.
+    unsafe { OwnedFd::from_raw_fd(fd) }
+}
+
+/// A directory that goes with the value.
+struct Scratch(PathBuf);
+
+impl Scratch {
+    fn new(name: &str) -> Scratch {
+        let path = std::env::temp_dir().join(format!("carefork-audit-{name}-{}", std::process::id()));
+        fs::create_dir(&path).expect("a directory of our own");
+        Scratch(path)
+    }
+
+    fn path(&self, name: &str) -> String {
+        self.0.join(name).to_str().expect("UTF-8").to_owned()
+    }
+}
+
+impl Drop for Scratch {
+    fn drop(&mut self) {
+        fs::remove_dir_all(&self.0).expect("it was there");
+    }
+}
+
+fn set_cloexec(fd: impl AsFd, on: bool) {
+    // SAFETY: an integer argument.
+    assert_eq!(unsafe { libc::fcntl(fd.as_fd().as_raw_fd(), libc::F_SETFD, i32::from(on)) }, 0);
+}
+
+#[track_caller]
+fn find(audit: &Audit, fd: &impl AsRawFd) -> Descriptor {
+    let number = fd.as_raw_fd();
+    audit.descriptors.iter().find(|d| d.number == number).cloned().unwrap_or_else(|| panic!("{number} of\n{audit}"))
+}
+
+/// A pair of sockets of any type.
+fn socket_pair(kind: i32) -> (OwnedFd, OwnedFd) {
+    let mut ends = [0; 2];
+    // SAFETY: room for two numbers.
+    assert_eq!(unsafe { libc::socketpair(libc::AF_UNIX, kind | libc::SOCK_CLOEXEC, 0, ends.as_mut_ptr()) }, 0);
+    (own(ends[0]), own(ends[1]))
+}
+
+fn socket(family: i32, kind: i32, protocol: i32) -> OwnedFd {
+    // SAFETY: integers only.
+    own(unsafe { libc::socket(family, kind | libc::SOCK_CLOEXEC, protocol) })
+}
+
+/// One of every kind: itself, the kind, what its target must be, and what a noexec child is said to do with it.
+fn zoo(dir: &Scratch) -> Vec<(OwnedFd, Kind, String, Fate)> {
+    use Fate::{Kept, Leaked};
+    let mut zoo = Vec::new();
+    let mut add = |fd: OwnedFd, kind, target: &str, fate| zoo.push((fd, kind, target.to_owned(), fate));
+
+    let file = dir.path("file");
+    add(File::create(&file).expect("created").into(), Kind::File, &file, Kept);
+    let gone = dir.path("gone");
+    add(File::create(&gone).expect("created").into(), Kind::File, &format!("{gone} (deleted)"), Kept);
+    fs::remove_file(&gone).expect("removed");
+    add(File::open(&dir.0).expect("open").into(), Kind::Directory, dir.path("").trim_end_matches('/'), Kept);
+    add(File::open("/dev/null").expect("open").into(), Kind::Device, "/dev/null", Kept);
+    // SAFETY: integers only.
+    let master = own(unsafe { libc::posix_openpt(libc::O_RDWR | libc::O_NOCTTY | libc::O_CLOEXEC) });
+    add(master, Kind::Terminal, "/dev/", Leaked);
+
+    let listener = TcpListener::bind("127.0.0.1:0").expect("bound");
+    let here = listener.local_addr().expect("bound");
+    let client = TcpStream::connect(here).expect("connected");
+    let there = client.local_addr().expect("bound");
+    let (server, _) = listener.accept().expect("accepted");
+    add(listener.into(), Kind::TcpListener, &here.to_string(), Leaked);
+    add(client.into(), Kind::Tcp, &format!("{there} -> {here}"), Leaked);
+    add(server.into(), Kind::Tcp, &format!("{here} -> {there}"), Leaked);
+    add(socket(libc::AF_INET, libc::SOCK_STREAM, 0), Kind::Tcp, "socket:[", Leaked);
+    let six = TcpListener::bind("[::1]:0").expect("bound");
+    let here = six.local_addr().expect("bound").to_string();
+    add(six.into(), Kind::TcpListener, &here, Leaked);
+    let udp = UdpSocket::bind("127.0.0.1:0").expect("bound");
+    let here = udp.local_addr().expect("bound").to_string();
+    add(udp.into(), Kind::Udp, &here, Leaked);
+    let path = dir.path("a socket with  spaces");
+    add(UnixListener::bind(&path).expect("bound").into(), Kind::UnixListener, &path, Leaked);
+    let name = format!("carefork-audit-{}", std::process::id());
+    let abstract_name = SocketAddr::from_abstract_name(&name).expect("short enough");
+    let datagram = UnixDatagram::bind_addr(&abstract_name).expect("bound");
+    add(datagram.into(), Kind::UnixDatagram, &format!("@{name}"), Leaked);
+    let (a, b) = UnixStream::pair().expect("a pair");
+    add(a.into(), Kind::UnixStream, "socket:[", Leaked);
+    add(b.into(), Kind::UnixStream, "socket:[", Leaked);
+    let (a, b) = socket_pair(libc::SOCK_SEQPACKET);
+    add(a, Kind::UnixSeqpacket, "socket:[", Leaked);
+    add(b, Kind::UnixSeqpacket, "socket:[", Leaked);
+    add(socket(libc::AF_NETLINK, libc::SOCK_RAW, libc::NETLINK_ROUTE), Kind::Netlink, "socket:[", Leaked);
+    let bound = socket(libc::AF_NETLINK, libc::SOCK_RAW, libc::NETLINK_ROUTE);
+    // SAFETY: sockaddr_nl is plain data.
+    let mut any: libc::sockaddr_nl = unsafe { std::mem::zeroed() };
+    any.nl_family = libc::AF_NETLINK as libc::sa_family_t;
+    // SAFETY: `any` is live and of that size.
+    let done = unsafe { libc::bind(bound.as_raw_fd(), (&raw const any).cast(), size_of_val(&any) as libc::socklen_t) };
+    assert_eq!(done, 0);
+    add(bound, Kind::Netlink, "protocol 0 port", Leaked);
+    // Its protocol has no table.
+    add(socket(libc::AF_INET, libc::SOCK_STREAM, libc::IPPROTO_MPTCP), Kind::Socket, "MPTCP socket:[", Leaked);
+
+    let (r, w) = io::pipe().expect("a pipe");
+    add(r.into(), Kind::Pipe, "pipe:[", Leaked);
+    add(w.into(), Kind::Pipe, "pipe:[", Leaked);
+    let path = dir.path("fifo");
+    nix::unistd::mkfifo(path.as_str(), nix::sys::stat::Mode::S_IRWXU).expect("made");
+    let fifo = fs::OpenOptions::new().read(true).write(true).open(&path).expect("open");
+    add(fifo.into(), Kind::Fifo, &path, Leaked);
+
+    // SAFETY: integers only.
+    let eventfd = own(unsafe { libc::eventfd(0, libc::EFD_CLOEXEC) });
+    // SAFETY: integers only.
+    let epoll = own(unsafe { libc::epoll_create1(libc::EPOLL_CLOEXEC) });
+    let mut event = libc::epoll_event { events: libc::EPOLLIN as u32, u64: 0 };
+    // SAFETY: `event` is live.
+    let added = unsafe { libc::epoll_ctl(epoll.as_raw_fd(), libc::EPOLL_CTL_ADD, eventfd.as_raw_fd(), &raw mut event) };
+    assert_eq!(added, 0);
+    add(epoll, Kind::Epoll, &format!("of {}", eventfd.as_raw_fd()), Kept);
+    add(eventfd, Kind::Eventfd, "anon_inode:[eventfd]", Kept);
+    // SAFETY: integers only.
+    let timer = own(unsafe { libc::timerfd_create(libc::CLOCK_MONOTONIC, libc::TFD_CLOEXEC) });
+    add(timer, Kind::Timerfd, "anon_inode:[timerfd]", Kept);
+    // SAFETY: sigset_t is plain data; all-zero is the empty set.
+    let none: libc::sigset_t = unsafe { std::mem::zeroed() };
+    // SAFETY: `none` is live.
+    let signals = own(unsafe { libc::signalfd(-1, &raw const none, libc::SFD_CLOEXEC) });
+    add(signals, Kind::Signalfd, "anon_inode:[signalfd]", Kept);
+    // SAFETY: integers only.
+    let inotify = own(unsafe { libc::inotify_init1(libc::IN_CLOEXEC) });
+    add(inotify, Kind::Inotify, "anon_inode:inotify", Kept);
+    // SAFETY: a C string.
+    let memfd = own(unsafe { libc::memfd_create(c"beast".as_ptr(), libc::MFD_CLOEXEC) });
+    add(memfd, Kind::Memfd, "/memfd:beast (deleted)", Kept);
+    let pidfd = common::raw::pidfd_open(common::raw::getpid()).expect("a pidfd");
+    add(pidfd, Kind::Pidfd, &format!("of process {}", std::process::id()), Kept);
+    add(File::open("/proc/self/ns/net").expect("open").into(), Kind::Namespace, "net:[", Kept);
+    let path_only = fs::OpenOptions::new().read(true).custom_flags(libc::O_PATH).open(&dir.0).expect("open");
+    add(path_only.into(), Kind::Directory, dir.path("").trim_end_matches('/'), Kept);
+    zoo
+}
+
+#[test]
+fn every_kind_has_its_name_target_and_fate() {
+    isolated("every_kind_has_its_name_target_and_fate", 20, || {
+        let dir = Scratch::new("zoo");
+        let zoo = zoo(&dir);
+        // Some come into the world without close-on-exec.
+        for (i, (fd, ..)) in zoo.iter().enumerate() {
+            set_cloexec(fd, i % 3 != 0);
+        }
+        let check_all = |found: &Audit, own: bool| {
+            let numbers: Vec<RawFd> = found.descriptors.iter().map(|d| d.number).collect();
+            let mut open: Vec<RawFd> = (0..=2).chain(zoo.iter().map(|z| z.0.as_raw_fd())).collect();
+            open.sort_unstable();
+            assert_eq!(numbers, open, "none too many, none of its own");
+            for (i, (fd, kind, target, noexec)) in zoo.iter().enumerate() {
+                let d = find(found, fd);
+                assert_eq!(d.kind, *kind, "{d:?}");
+                let is_whole = !target.ends_with(['[', '/']) && !target.ends_with("port");
+                assert!(
+                    if is_whole { d.target == *target } else { d.target.starts_with(target) },
+                    "{d:?} not {target}"
+                );
+                assert_eq!(d.close_on_exec, i % 3 != 0, "{d:?}");
+                assert_eq!(d.exec, if i % 3 == 0 { Fate::Leaked } else { Fate::Closed }, "{d:?}");
+                assert_eq!(d.noexec, own.then_some(*noexec), "{d:?}");
+                assert_eq!(d.care, if own { Care::No } else { Care::Unknown }, "{d:?}");
+                assert!(!d.locked, "{d:?}");
+            }
+            assert_eq!(found.leaked().count(), zoo.len().div_ceil(3));
+            assert!(found.descriptors[..3].iter().all(|d| d.exec == Fate::Kept));
+            let paths: Vec<RawFd> =
+                found.descriptors.iter().filter(|d| !d.read && !d.write).map(|d| d.number).collect();
+            assert_eq!(paths, [zoo.last().expect("many").0.as_raw_fd()], "O_PATH");
+        };
+        check_all(&audit().expect("an audit"), true);
+        // As a stranger sees it: a child.
+        let pid = std::process::id();
+        in_child(|| {
+            let mut found = audit_of(pid).expect("an audit of the parent");
+            // By now the parent may have opened one for this very child.
+            let me = format!("of process {}", std::process::id());
+            found.descriptors.retain(|d| d.target != me);
+            check_all(&found, false);
+        });
+    });
+}
+
+/// Runs `f` in a child that has cleaned up; a panic there is one here.
+#[track_caller]
+fn in_child(f: impl FnOnce()) {
+    // SAFETY: no descriptor of a care-fd is used in the child.
+    let mut child = unsafe {
+        carefork::spawn(|| {
+            f();
+            0
+        })
+    }
+    .expect("a child");
+    assert_eq!(code(&mut child), 0);
+}
+
+/// What is open here, in an order of no meaning.
+fn open_here() -> Vec<(RawFd, PathBuf)> {
+    fds_of(common::raw::getpid()).expect("/proc").into_iter().filter(|(_, to)| !to.starts_with("/proc")).collect()
+}
+
+/// A few of everything that makes a difference: care-fds of both kinds, locks, close-on-exec on and off.
+struct Mixed {
+    cleanup: CareFd<File>,
+    close: CareFd<TcpListener>,
+    bare_care: CareFd<File>,
+    handed_over: File,
+    plain: File,
+    bare: File,
+    flocked: File,
+    ofd_locked: File,
+    posix_locked: File,
+    socket: UnixStream,
+    bare_socket: UnixStream,
+    _dir: Scratch,
+}
+
+impl Mixed {
+    fn new() -> Mixed {
+        let dir = Scratch::new("mixed");
+        let null = || File::open("/dev/null");
+        let file = |name| File::create(dir.path(name)).expect("created");
+        let bare_care = CareFd::open(null).expect("open");
+        set_cloexec(&bare_care, false);
+        let bare = null().expect("open");
+        set_cloexec(&bare, false);
+        let (flocked, ofd_locked, posix_locked) = (file("flock"), file("ofd"), file("posix"));
+        flocked.lock().expect("locked");
+        // SAFETY: flock is plain data.
+        let mut whole: libc::flock = unsafe { std::mem::zeroed() };
+        whole.l_type = libc::F_WRLCK as libc::c_short;
+        for (file, command) in [(&ofd_locked, libc::F_OFD_SETLK), (&posix_locked, libc::F_SETLK)] {
+            // SAFETY: `whole` is live.
+            assert_eq!(unsafe { libc::fcntl(file.as_raw_fd(), command, &raw mut whole) }, 0);
+        }
+        let (socket, bare_socket) = UnixStream::pair().expect("a pair");
+        set_cloexec(&bare_socket, false);
+        // A care-fd's number, used again by somebody else's.
+        drop(CareFd::open(null).expect("open"));
+        Mixed {
+            plain: null().expect("open"),
+            cleanup: CareFd::open(null).expect("open"),
+            close: CareFd::open_on(OnFork::Close, || TcpListener::bind("127.0.0.1:0")).expect("open"),
+            handed_over: CareFd::open(null).expect("open").into_inner(),
+            bare_care,
+            bare,
+            flocked,
+            ofd_locked,
+            posix_locked,
+            socket,
+            bare_socket,
+            _dir: dir,
+        }
+    }
+}
+
+#[test]
+fn care_fds_locks_and_close_on_exec_decide() {
+    isolated("care_fds_locks_and_close_on_exec_decide", 20, || {
+        use Fate::{Closed, Kept, Leaked};
+        let m = Mixed::new();
+        let found = audit().expect("an audit");
+        let row = |fd: &dyn AsRawFd| {
+            let number = fd.as_raw_fd();
+            let d = found.descriptors.iter().find(|d| d.number == number).expect("it is open");
+            (d.care, d.locked, d.noexec, d.exec)
+        };
+        let (cleanup, close) = (Care::On(OnFork::Cleanup), Care::On(OnFork::Close));
+        assert_eq!(row(&m.cleanup), (cleanup, false, Some(Closed), Closed));
+        assert_eq!(row(&m.close), (close, false, Some(Closed), Closed));
+        assert_eq!(row(&m.bare_care), (cleanup, false, Some(Closed), Leaked));
+        assert_eq!(row(&m.handed_over), (Care::No, false, Some(Kept), Closed));
+        assert_eq!(row(&m.plain), (Care::No, false, Some(Kept), Closed));
+        assert_eq!(row(&m.bare), (Care::No, false, Some(Kept), Leaked));
+        assert_eq!(row(&m.flocked), (Care::No, true, Some(Leaked), Closed));
+        assert_eq!(row(&m.ofd_locked), (Care::No, true, Some(Leaked), Closed));
+        assert_eq!(row(&m.posix_locked), (Care::No, false, Some(Kept), Closed));
+        assert_eq!(row(&m.socket), (Care::No, false, Some(Leaked), Closed));
+        assert_eq!(row(&m.bare_socket), (Care::No, false, Some(Leaked), Leaked));
+        assert_eq!((found.leaked().count(), found.leaked_noexec().count()), (3, 4));
+    });
+}
+
+// -- what children really get
+
+/// The numbers and targets that are left where `closed` does not say otherwise.
+fn foretold(all: &[(RawFd, PathBuf)], found: &Audit, closed: impl Fn(&Descriptor) -> bool) -> Vec<(RawFd, PathBuf)> {
+    let is_left = |fd: &RawFd| found.descriptors.iter().any(|d| d.number == *fd && !closed(d));
+    all.iter().filter(|(fd, _)| is_left(fd)).cloned().collect()
+}
+
+#[test]
+fn a_noexec_child_keeps_what_was_foretold() {
+    isolated("a_noexec_child_keeps_what_was_foretold", 20, || {
+        let mixed = Mixed::new();
+        let found = audit().expect("an audit");
+        let expected = foretold(&open_here(), &found, |d| d.noexec == Some(Fate::Closed));
+        assert_eq!(expected.len() + 3, found.descriptors.len());
+        in_child(|| assert_eq!(open_here(), expected));
+        // A child of foreign code, which cleans up by itself.
+        let pid = kit::foreign(|| {
+            // SAFETY: no descriptor of a care-fd is used.
+            check(1, unsafe { carefork::postfork_child_noexec() }.is_ok());
+            check(2, open_here() == expected);
+            // It finds nothing more to close there, and its own audit agrees.
+            let here = audit().expect("an audit in the child");
+            check(3, here.descriptors.iter().all(|d| d.care == Care::No));
+            check(4, here.descriptors.len() == expected.len());
+            0
+        });
+        assert_eq!(common::reap(pid, kit::SOON), common::Verdict::Exited(0));
+        drop(mixed);
+    });
+}
+
+extern "C" fn nothing(_: i32) {}
+
+#[test]
+fn an_exec_child_gets_what_was_foretold() {
+    isolated("an_exec_child_gets_what_was_foretold", 20, || {
+        let mixed = Mixed::new();
+        catch(libc::SIGUSR1, nothing);
+        ignore(libc::SIGUSR2);
+        ignore(libc::SIGTSTP);
+        block(&[libc::SIGTERM, libc::SIGRTMIN() + 3]);
+        let (mut to, stdin, mut from, stdout) = pipes();
+        let found = audit().expect("an audit");
+        assert_eq!(found.caught.iter().filter(|s| **s == libc::SIGUSR1).count(), 1);
+        assert_eq!(found.blocked, [libc::SIGTERM, libc::SIGRTMIN() + 3]);
+        let here = status_here().expect("/proc");
+        let of = |list: &[i32]| bits(list);
+        assert_eq!(
+            (of(&found.caught), of(&found.ignored), of(&found.blocked)),
+            (here.sig_cgt, here.sig_ign, here.sig_blk)
+        );
+        assert_eq!(found.threads, here.threads as usize);
+
+        let all = open_here();
+        let expected = foretold(&all[3..], &found, |d| d.exec == Fate::Closed);
+        assert_eq!(expected.len(), found.leaked().count());
+        let argv = [c"cat".as_ptr(), std::ptr::null()];
+        let pid = kit::foreign(|| {
+            kit::redirect(stdin.as_raw_fd(), 0);
+            kit::redirect(stdout.as_raw_fd(), 1);
+            // SAFETY: a NULL-terminated list of C strings.
+            unsafe { libc::execv(c"/bin/cat".as_ptr(), argv.as_ptr()) };
+            99
+        });
+        // Once it answers, it has begun, and has opened and closed all it wanted to.
+        to.write_all(b"x").expect("cat reads");
+        from.read_exact(&mut [0]).expect("cat answers");
+        let there = fds_of(pid).expect("/proc");
+        assert_eq!(there[..3].iter().map(|(fd, _)| *fd).collect::<Vec<_>>(), [0, 1, 2]);
+        assert_eq!(there[3..], expected);
+        let signals = status_of(pid).expect("/proc");
+        let kept = (signals.sig_cgt, signals.sig_ign, signals.sig_blk);
+        assert_eq!(kept, (0, of(&found.ignored), of(&found.blocked)));
+        // And that is what an audit of it says in turn.
+        let of_cat = audit_of(pid.cast_unsigned()).expect("an audit of cat");
+        assert_eq!((of_cat.name.as_str(), of_cat.threads, of_cat.pid), ("cat", 1, pid.cast_unsigned()));
+        assert_eq!(
+            of_cat.leaked().map(|d| d.number).collect::<Vec<_>>(),
+            expected.iter().map(|e| e.0).collect::<Vec<_>>()
+        );
+        assert!(of_cat.caught.is_empty() && of_cat.ignored == found.ignored && of_cat.blocked == found.blocked);
+        drop(to);
+        assert_eq!(common::reap(pid, kit::SOON), common::Verdict::Exited(0));
+        // Reaped: it is not there any more.
+        let error = audit_of(pid.cast_unsigned()).expect_err("it has ended");
+        assert_eq!((error.kind(), error.to_string()), (io::ErrorKind::NotFound, format!("there is no process {pid}")));
+        drop(mixed);
+    });
+}
+
+/// Two pipes: to a child's standard input, and from its output.
+fn pipes() -> (io::PipeWriter, io::PipeReader, io::PipeReader, io::PipeWriter) {
+    let (stdin, to) = io::pipe().expect("a pipe");
+    let (from, stdout) = io::pipe().expect("a pipe");
+    (to, stdin, from, stdout)
+}
+
+#[test]
+fn a_zombie_is_no_process_any_more() {
+    isolated("a_zombie_is_no_process_any_more", 20, || {
+        let pid = kit::foreign(|| 0);
+        let pidfd = common::raw::pidfd_open(pid).expect("a pidfd");
+        common::raw::poll_readable(&mut [common::raw::pollfd(pidfd.as_raw_fd())], kit::SOON);
+        let error = audit_of(pid.cast_unsigned()).expect_err("it has ended");
+        assert_eq!(error.kind(), io::ErrorKind::NotFound, "{error}");
+        assert_eq!(common::reap(pid, kit::SOON), common::Verdict::Exited(0));
+    });
+}
+
+#[test]
+fn another_users_process_is_refused() {
+    let user = common::can_change_user().then_some(4242);
+    isolated_with("another_users_process_is_refused", 20, Setup { uid: user, ..Setup::default() }, || {
+        let error = audit_of(1).expect_err("root's");
+        assert_eq!(error.kind(), io::ErrorKind::PermissionDenied, "{error}");
+        assert!(error.to_string().starts_with("process 1 is not yours to look at"), "{error}");
+    });
+}
+
+// -- while others open and close
+
+#[test]
+fn a_thousand_descriptors() {
+    isolated("a_thousand_descriptors", 30, || {
+        let (_, hard) = getrlimit(Resource::RLIMIT_NOFILE).expect("a limit");
+        setrlimit(Resource::RLIMIT_NOFILE, 4096.min(hard), hard).expect("up to the hard one");
+        let files: Vec<_> = (0..500).map(|_| CareFd::open(|| File::open("/dev/null")).expect("open")).collect();
+        let sockets: Vec<_> = (0..250).map(|_| UnixStream::pair().expect("a pair")).collect();
+        let found = audit().expect("an audit");
+        assert_eq!(found.descriptors.len(), 1003);
+        assert!(found.descriptors.is_sorted_by_key(|d| d.number));
+        assert!(files.iter().all(|f| find(&found, f).noexec == Some(Fate::Closed)));
+        assert!(sockets.iter().all(|(a, b)| [a, b].map(|s| find(&found, s).kind) == [Kind::UnixStream; 2]));
+        assert_eq!(self_fds().as_slice().len(), 1003, "nothing of its own is left open");
+    });
+}
+
+/// A thread opens and closes one thing and another, mostly at the same number; `which` tells from a line of the audit which of
+/// the two it is, and panics if it is neither.
+fn fight(open: [&(dyn Fn() + Sync); 2], which: impl Fn(&Descriptor) -> usize) {
+    let stop = Stop::default();
+    let mut seen = [0; 2];
+    let before: Vec<RawFd> = self_fds().as_slice().to_vec();
+    thread::scope(|s| {
+        let _stop = stop.on_drop();
+        s.spawn(|| {
+            while !stop.is_set() {
+                open.iter().for_each(|open| open());
+            }
+        });
+        let mut rounds = 0;
+        while seen.iter().any(|n| *n < 100) {
+            rounds += 1;
+            assert!(rounds < 500_000, "seen only {seen:?}");
+            for d in audit().expect("an audit").descriptors.iter().filter(|d| !before.contains(&d.number)) {
+                seen[which(d)] += 1;
+            }
+        }
+    });
+}
+
+#[test]
+fn no_line_mixes_two_descriptors() {
+    isolated("no_line_mixes_two_descriptors", 60, || {
+        let pipe = io::pipe().expect("a pipe").0;
+        let null = File::open("/dev/null").expect("open");
+        let care = || {
+            let file = CareFd::open(|| File::open("/dev/null")).expect("open");
+            thread::yield_now();
+            drop(file);
+        };
+        let plain = || {
+            let file = File::open("/dev/null").expect("open");
+            thread::yield_now();
+            drop(file);
+        };
+        let bare = |of: RawFd| {
+            move || {
+                // SAFETY: an open descriptor.
+                let copy = own(unsafe { libc::dup(of) });
+                thread::yield_now();
+                drop(copy);
+            }
+        };
+        let (bare_pipe, bare_null) = (bare(pipe.as_raw_fd()), bare(null.as_raw_fd()));
+        // A care-fd is open before it is registered and after it is not any more.
+        fight([&care, &bare_pipe], |d| match (d.kind, d.care, d.close_on_exec) {
+            (Kind::Device, Care::On(_) | Care::No, true) => 0,
+            (Kind::Pipe, Care::No, false) => 1,
+            _ => panic!("{d:?}"),
+        });
+        // Only what they refer to tells these apart.
+        fight([&plain, &bare_pipe], |d| match (d.kind, d.close_on_exec) {
+            (Kind::Device, true) => 0,
+            (Kind::Pipe, false) => 1,
+            _ => panic!("{d:?}"),
+        });
+        // Only the registration does.
+        fight([&care, &bare_null], |d| match (d.care, d.close_on_exec) {
+            (Care::On(_) | Care::No, true) => 0,
+            (Care::No, false) => 1,
+            _ => panic!("{d:?}"),
+        });
+    });
+}
+
+/// Processes and threads that come and go while they are looked at are no error, and no other's descriptors.
+#[test]
+fn what_goes_meanwhile_is_left_out() {
+    isolated("what_goes_meanwhile_is_left_out", 60, || {
+        let stop = Stop::default();
+        thread::scope(|s| {
+            let _stop = stop.on_drop();
+            for _ in 0..2 {
+                s.spawn(|| {
+                    while !stop.is_set() {
+                        let many: Vec<_> = (0..20).map(|_| UnixStream::pair().expect("a pair")).collect();
+                        drop(many);
+                        drop(audit().expect("an audit beside another"));
+                    }
+                });
+            }
+            for _ in 0..50 {
+                let pid = kit::foreign(|| 0);
+                match audit_of(pid.cast_unsigned()) {
+                    Ok(found) => assert_eq!(found.pid, pid.cast_unsigned()),
+                    Err(e) => assert_eq!(e.kind(), io::ErrorKind::NotFound, "{e}"),
+                }
+                assert_eq!(common::reap(pid, kit::SOON), common::Verdict::Exited(0));
+                drop(audit().expect("an audit"));
+            }
+        });
+    });
+}
+
+// -- as text
+
+#[test]
+fn the_table_reads_well() {
+    isolated("the_table_reads_well", 20, || {
+        let dir = PathBuf::from(format!("/tmp/carefork-golden-{}-{}", std::process::id(), "x".repeat(60)));
+        fs::create_dir(&dir).expect("a directory of our own");
+        let log = File::create(dir.join("the-end-of-the-path.log")).expect("created");
+        fs::remove_dir_all(&dir).expect("it was there");
+        set_cloexec(&log, false);
+        let listener = CareFd::open(|| TcpListener::bind("127.0.0.1:0")).expect("bound");
+        let port = listener.local_addr().expect("bound").port().to_string();
+        let null = CareFd::open_on(OnFork::Close, || File::open("/dev/null")).expect("open");
+        let lock = File::open("/etc/passwd").expect("open");
+        lock.lock_shared().expect("locked");
+        block(&[libc::SIGTERM]);
+        let found = audit().expect("an audit");
+        let mut text =
+            format!("{found}\n").replace(&format!("process {} ", found.pid), "process PID ").replace(&port, "PORT");
+        // What libc keeps for itself is its own affair.
+        for own in [" SIG32", " SIG33", " SIG34"] {
+            text = text.replace(own, "");
+        }
+        assert_eq!(text, GOLDEN, "\n{text}");
+        drop((log, listener, null, lock));
+    });
+}
+
+const GOLDEN: &str = "\
+process PID (exe): 2 threads, 7 descriptors
+ FD MODE KIND           CLOEXEC CARE    NOEXEC EXEC   TARGET
+  0 r    device         no      no      kept   kept   /dev/null
+  1 rw   memfd          no      no      kept   kept   /memfd:carefork-test (deleted)
+  2 rw   memfd          no      no      kept   kept   /memfd:carefork-test (deleted)
+  3 w    file           no      no      kept   LEAKED /tmp/carefork-golden-...the-path.log (deleted)
+  4 rw   tcp listen     yes     cleanup closed closed 127.0.0.1:PORT
+  5 r    device         yes     close   closed closed /dev/null
+  6 r L  file           yes     no      LEAKED closed /etc/passwd
+signals caught:  SIGBUS SIGSEGV
+signals ignored: SIGPIPE
+signals blocked: SIGTERM
+would leak: 1 into an exec child, 1 into a noexec child
+";
+
+/// The widest that a terminal may show it.
+fn width(line: &str) -> usize {
+    line.chars().map(|c| if c < '\u{1100}' { 1 } else { 2 }).sum()
+}
+
+#[test]
+fn a_table_of_anything_fits_a_hundred_columns() {
+    isolated("a_table_of_anything_fits_a_hundred_columns", 20, || {
+        let dir = Scratch::new("wide");
+        let names = [
+            "a".repeat(255).into_bytes(),
+            "長い名前".repeat(20).into_bytes(),
+            "ümlaut".repeat(30).into_bytes(),
+            b"line\nfeed\x1b[31m\"quotes\" and \\ \ttab".to_vec(),
+            b"not \xff\xfe UTF-8".to_vec(),
+        ];
+        let files: Vec<File> = names
+            .iter()
+            .map(|name| File::create(dir.0.join(std::ffi::OsStr::from_bytes(name))).expect("created"))
+            .collect();
+        // A number as wide as they come, and more signals than fit a line.
+        // SAFETY: an open descriptor.
+        let far = own(unsafe { libc::fcntl(files[0].as_raw_fd(), libc::F_DUPFD_CLOEXEC, 1000) });
+        let many: Vec<i32> = (1..=64).filter(|s| ![9, 19, 32, 33].contains(s)).collect();
+        block(&many);
+        let found = audit().expect("an audit");
+        let text = found.to_string();
+        assert!(text.lines().all(|line| width(line) <= 100), "\n{text}");
+        assert!(text.lines().any(|line| width(line) == 100), "\n{text}");
+        assert!(!text.contains(|c: char| c.is_control() && c != '\n'), "\n{text}");
+        assert_eq!(
+            text.lines()
+                .filter(|l| l.starts_with(|c: char| c == ' ' || c.is_ascii_digit()) && l.contains(" file "))
+                .count(),
+            files.len() + 1,
+            "a line for each\n{text}"
+        );
+        assert!(text.contains("SIGRTMIN+30") || text.contains("SIGRTMIN+29"), "\n{text}");
+        assert_json(&found);
+        drop(far);
+    });
+}
+
+/// What a parser reads is what the audit says.
+#[track_caller]
+fn assert_json(found: &Audit) {
+    let json: serde_json::Value = serde_json::from_str(&found.to_json()).expect("JSON");
+    assert_eq!((&json["pid"], &json["name"]), (&found.pid.into(), &found.name.as_str().into()));
+    assert_eq!(json["threads"], found.threads);
+    let list = json["descriptors"].as_array().expect("a list");
+    assert_eq!(list.len(), found.descriptors.len());
+    for (j, d) in list.iter().zip(&found.descriptors) {
+        let care = match d.care {
+            Care::No => "no".into(),
+            Care::On(OnFork::Cleanup) => "cleanup".into(),
+            Care::On(OnFork::Close) => "close".into(),
+            _ => serde_json::Value::Null,
+        };
+        let expected = serde_json::json!({
+            "fd": d.number, "kind": d.kind.to_string(), "target": d.target, "read": d.read, "write": d.write,
+            "close_on_exec": d.close_on_exec, "locked": d.locked, "care": care,
+            "noexec": d.noexec.map(|f| f.to_string()), "exec": d.exec.to_string(),
+        });
+        assert_eq!(*j, expected);
+    }
+    for (name, signals) in [("caught", &found.caught), ("ignored", &found.ignored), ("blocked", &found.blocked)] {
+        let names = json[name].as_array().expect("a list");
+        assert_eq!(names.len(), signals.len());
+        assert_eq!(names.contains(&"SIGTERM".into()), signals.contains(&libc::SIGTERM));
+    }
+}
+
+#[test]
+fn json_says_the_same() {
+    isolated("json_says_the_same", 20, || {
+        let mixed = Mixed::new();
+        catch(libc::SIGTERM, nothing);
+        assert_json(&audit().expect("an audit"));
+        let pid = std::process::id();
+        in_child(|| assert_json(&audit_of(pid).expect("an audit of the parent")));
+        drop(mixed);
+    });
+}
+
+/// Whoever forks during an audit leaves nothing of it in the child.
+#[test]
+fn children_get_nothing_of_the_audits_own() {
+    isolated("children_get_nothing_of_the_audits_own", 60, || {
+        let stop = Stop::default();
+        let expected: Vec<RawFd> = self_fds().as_slice().to_vec();
+        thread::scope(|s| {
+            let _stop = stop.on_drop();
+            s.spawn(|| {
+                while !stop.is_set() {
+                    drop(audit().expect("an audit"));
+                }
+            });
+            for _ in 0..300 {
+                let pid = kit::foreign(|| {
+                    // SAFETY: no descriptor of a care-fd is used.
+                    check(1, unsafe { carefork::postfork_child_noexec() }.is_ok());
+                    check(2, self_fds().as_slice() == expected);
+                    0
+                });
+                assert_eq!(common::reap(pid, kit::SOON), common::Verdict::Exited(0));
+            }
+        });
+    });
+}

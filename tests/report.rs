@@ -1,0 +1,266 @@
+//! D2: what a report says of hooks, regions, care-fds and counters, also while a fork is in progress.
+
+#![allow(unsafe_code, clippy::disallowed_methods, clippy::expect_used)]
+
+mod common;
+mod kit;
+
+use carefork::audit::Kind;
+use carefork::report::{CareFdEntry, HookEntry};
+use carefork::{CareFd, Fork, Hook, Mutex, OnFork, Report, force_unlock, no_forking, register, report};
+use common::{check, isolated};
+use kit::{InRegion, code};
+use std::fs::File;
+use std::os::fd::AsRawFd;
+use std::sync::atomic::{AtomicBool, Ordering::SeqCst};
+use std::sync::{Arc, mpsc};
+use std::thread;
+
+fn names(report: &Report) -> Vec<(i32, &'static str)> {
+    let hooks = report.hooks.as_ref().expect("no fork is in progress");
+    hooks.iter().map(|h: &HookEntry| (h.rank, h.name)).collect()
+}
+
+#[test]
+fn hooks_come_in_the_order_of_prepare() {
+    isolated("hooks_come_in_the_order_of_prepare", 20, || {
+        let before = names(&report()).len();
+        let order = Arc::new(std::sync::Mutex::new(Vec::new()));
+        let hook = |name: &'static str, rank| {
+            let order = Arc::clone(&order);
+            Hook::new(name).rank(rank).prepare(move || order.lock().expect("not poisoned").push(name))
+        };
+        let kept = [hook("late", 7), hook("early", -7), hook("older", 0), hook("newer", 0)].map(register);
+        let gone = register(hook("gone", 3));
+        assert_eq!(names(&report()).len(), before + 5);
+        assert_eq!(common::status_here().map(|s| s.sig_blk), Ok(0), "the mask is as it was");
+        drop(gone);
+        let found = names(&report());
+        // SAFETY: the child exits at once.
+        match unsafe { carefork::fork() }.expect("a child") {
+            Fork::Child(child) => child.exit(0),
+            Fork::Parent(mut child) => assert_eq!(code(&mut child), 0),
+        }
+        assert_eq!(found, [(-7, "early"), (0, "newer"), (0, "older"), (7, "late")]);
+        let prepared = order.lock().expect("not poisoned").clone();
+        assert_eq!(found.iter().map(|(_, name)| *name).collect::<Vec<_>>(), prepared);
+        drop(kept);
+        assert_eq!(names(&report()), []);
+    });
+}
+
+/// The hooks are the fork's; the rest of the report does not wait for it.
+#[test]
+fn a_fork_in_progress_is_said() {
+    isolated("a_fork_in_progress_is_said", 30, || {
+        let (in_prepare, prepares) = mpsc::channel();
+        let (go, gone) = mpsc::channel::<()>();
+        let gone = std::sync::Mutex::new(gone);
+        let inside = Arc::new(AtomicBool::new(false));
+        let from_hook = Arc::clone(&inside);
+        let kept = register(Hook::new("slow").prepare(move || {
+            // From inside a hook it does not wait for itself.
+            from_hook.store(report().hooks.is_none(), SeqCst);
+            in_prepare.send(()).expect("the test waits");
+            gone.lock().expect("not poisoned").recv().expect("told to go on");
+        }));
+        let forker = thread::spawn(|| {
+            // SAFETY: the child exits at once.
+            match unsafe { carefork::ForkOptions::new().timeout_never().fork() }.expect("a child") {
+                Fork::Child(child) => child.exit(0),
+                Fork::Parent(mut child) => code(&mut child),
+            }
+        });
+        prepares.recv().expect("the fork has begun");
+        let during = report();
+        assert_eq!(during.hooks, None);
+        assert!(during.to_string().contains("a fork is in progress and has them"), "{during}");
+        go.send(()).expect("it waits");
+        // A fork that gave way prepares again.
+        while !forker.is_finished() {
+            let _ = go.send(());
+            thread::yield_now();
+        }
+        assert_eq!(forker.join().expect("no panic"), 0);
+        assert!(inside.load(SeqCst));
+        assert_eq!(names(&report()), [(0, "slow")]);
+        drop(kept);
+    });
+}
+
+#[test]
+fn regions_name_thread_place_and_depth() {
+    isolated("regions_name_thread_place_and_depth", 20, || {
+        static LOCK: Mutex<u8> = Mutex::new(0);
+        assert_eq!(report().regions, []);
+        let sleeper = InRegion::new("sleeper");
+        let locked = LOCK.lock();
+        let (outer, inner) = (no_forking(), no_forking());
+        let found = report();
+        assert_eq!(found.regions.len(), 2, "{found}");
+        let me = found.regions.iter().find(|r| r.name != "sleeper").expect("this thread");
+        let other = found.regions.iter().find(|r| r.name == "sleeper").expect("the other");
+        assert_eq!(me.tid, nix::unistd::gettid().as_raw() as u32);
+        assert_eq!((me.regions, me.locks, other.regions, other.locks), (2, 1, 1, 0));
+        if cfg!(debug_assertions) {
+            assert!(me.entered.expect("recorded").file().ends_with("report.rs"), "{found}");
+            assert!(other.entered.expect("recorded").file().ends_with("mod.rs"), "{found}");
+        }
+        // It is the one that a fork names.
+        drop((outer, inner, locked));
+        // SAFETY: no child comes of it.
+        let error =
+            unsafe { carefork::ForkOptions::new().timeout(std::time::Duration::ZERO).fork() }.expect_err("busy");
+        assert!(error.to_string().contains(&format!("thread {} \"sleeper\"", other.tid)), "{error}");
+        let found = report();
+        assert_eq!((found.regions.len(), found.stats.refused), (1, 1));
+        drop(sleeper);
+        assert_eq!(report().regions, []);
+    });
+}
+
+#[test]
+fn care_fds_show_what_they_are() {
+    isolated("care_fds_show_what_they_are", 20, || {
+        let (read, write) = CareFd::open_pair(std::io::pipe).expect("a pipe");
+        let file = CareFd::open_on(OnFork::Close, || File::open("/dev/null")).expect("open");
+        let plain = File::open("/dev/zero").expect("open");
+        let found = report().care_fds;
+        let tell = |c: &CareFdEntry| (c.number, c.on_fork, c.kind, c.target.starts_with("pipe:["));
+        let expected = [
+            (read.as_raw_fd(), OnFork::Cleanup, Some(Kind::Pipe), true),
+            (write.as_raw_fd(), OnFork::Cleanup, Some(Kind::Pipe), true),
+            (file.as_raw_fd(), OnFork::Close, Some(Kind::Device), false),
+        ];
+        assert_eq!(found.iter().map(tell).collect::<Vec<_>>(), expected);
+        assert_eq!(found[2].target, "/dev/null");
+        // Closed behind its owner's back: the number is registered, and not open.
+        let number = file.as_raw_fd();
+        // SAFETY: this is the misuse under test.
+        assert_eq!(unsafe { libc::close(number) }, 0);
+        let found = report();
+        let closed = found.care_fds.iter().find(|c| c.number == number).expect("registered");
+        assert_eq!((closed.kind, closed.target.as_str()), (None, ""));
+        assert!(found.to_string().contains("not open"), "{found}");
+        std::mem::forget(file);
+        drop((read, write, plain));
+    });
+}
+
+/// A child tells of itself.
+#[test]
+fn a_child_reports_what_it_has() {
+    isolated("a_child_reports_what_it_has", 20, || {
+        let file = CareFd::open(|| File::open("/dev/null")).expect("open");
+        let kept = register(Hook::new("kept").cleanup(|| ()));
+        // SAFETY: no descriptor of a care-fd is used in the child.
+        let spawned = unsafe {
+            carefork::spawn(|| {
+                let here = report();
+                check(1, here.pid == std::process::id() && here.lineage.generation == 1);
+                check(2, here.regions.is_empty() && here.care_fds.is_empty());
+                check(3, names(&here) == [(0, "kept")]);
+                check(4, here.stats.forks == 0);
+                0
+            })
+        };
+        assert_eq!(code(&mut spawned.expect("a child")), 0);
+        assert_eq!((report().stats.forks, report().care_fds.len()), (1, 1));
+        drop((file, kept));
+    });
+}
+
+/// What threads that are gone have left behind in a dirty child is nobody's region.
+#[test]
+fn a_dirty_child_says_so() {
+    isolated("a_dirty_child_says_so", 20, || {
+        carefork::set_foreign_budget(Some(std::time::Duration::from_millis(1)));
+        let sleeper = InRegion::new("sleeper");
+        let pid = kit::foreign(|| {
+            let here = report();
+            check(1, here.lineage.dirty && here.regions.is_empty());
+            check(2, here.to_string().contains(": generation 1, after a dirty fork\n"));
+            0
+        });
+        assert_eq!(common::reap(pid, kit::SOON), common::Verdict::Exited(0));
+        let here = report();
+        assert_eq!((here.stats.foreign, here.stats.dirty, here.regions.len()), (1, 1, 1));
+        assert!(!here.lineage.dirty);
+        drop(sleeper);
+    });
+}
+
+#[test]
+fn the_report_reads_well() {
+    isolated("the_report_reads_well", 20, || {
+        let hooks = [Hook::new("database").rank(-5), Hook::new("h".repeat(120).leak()).rank(i32::MIN)].map(register);
+        let files = [
+            CareFd::open(|| File::open("/dev/null")).expect("open"),
+            CareFd::open_on(OnFork::Close, || File::open("/etc/passwd")).expect("open"),
+        ];
+        // SAFETY: the child exits at once.
+        match unsafe { carefork::fork() }.expect("a child") {
+            Fork::Child(child) => child.exit(0),
+            Fork::Parent(mut child) => assert_eq!(code(&mut child), 0),
+        }
+        let sleeper = InRegion::new("長い名前です");
+        let found = report();
+        let tid = found.regions[0].tid;
+        let entered = found.regions[0].entered.map_or("-".to_owned(), |at| format!("{}:{}", at.file(), at.line()));
+        let mut text = format!("{found}\n");
+        let process = format!("process {}:", found.pid);
+        for (own, name) in
+            [(process.as_str(), "process PID:"), (&format!("{tid:>11}"), "        TID"), (&entered, "FILE:LINE")]
+        {
+            text = text.replace(own, name);
+        }
+        assert_eq!(text, GOLDEN, "\n{text}");
+        assert!(found.to_string().lines().all(|l| l.chars().count() <= 100), "\n{found}");
+        drop((hooks, files, sleeper));
+    });
+}
+
+/// A thread may call itself anything.
+#[test]
+fn a_name_moves_no_cursor() {
+    isolated("a_name_moves_no_cursor", 20, || {
+        let sleeper = InRegion::new("\x1b]0;\x07\x07\x07\x07\x07");
+        let found = report();
+        assert_eq!(found.regions[0].name, "\x1b]0;\x07\x07\x07\x07\x07");
+        let text = found.to_string();
+        let line = text.lines().find(|l| l.contains("\\u{1b}")).expect("escaped");
+        assert_eq!(&line[11..28], " \\u{1b}...}\\u{7} ", "{text}");
+        assert!(!text.contains(|c: char| c.is_control() && c != '\n'), "{text}");
+        drop(sleeper);
+    });
+}
+
+const GOLDEN: &str = "\
+carefork in process PID: generation 0
+forks: 1 own, 0 by foreign code, 0 refused
+       0 dirty, 0 inside a region, 0 children thrown away
+gate: 0 times reopened by a waiter; 0 lines on fd 2 dropped
+hooks: 2
+       RANK NAME
+-2147483648 hhhhhhhhhhhhhhhhhhhhhhhhhhhhhhhhhhhhhhhhhh...hhhhhhhhhhhhhhhhhhhhhhhhhhhhhhhhhhhhhhhhhhh
+         -5 database
+threads in regions: 1
+        TID NAME            REGIONS LOCKS SINCE
+        TID 長い名前で            1     0 FILE:LINE
+care-fds: 2
+         FD ON FORK KIND           TARGET
+          3 cleanup device         /dev/null
+          4 close   file           /etc/passwd
+";
+
+/// A guard that was forgotten is in the report until it is ended by force.
+#[test]
+fn a_forgotten_guard_is_found() {
+    isolated("a_forgotten_guard_is_found", 20, || {
+        std::mem::forget(no_forking());
+        assert_eq!(report().regions.len(), 1);
+        // SAFETY: the only guard of this thread was forgotten.
+        unsafe { force_unlock() };
+        assert_eq!(report().regions, []);
+    });
+}

@@ -1,0 +1,122 @@
+//! What forks wait for is counted and timed (D1). Time is driven, so the figures are exact.
+
+// Forks.
+#![allow(unsafe_code, clippy::disallowed_methods, clippy::cast_possible_truncation)]
+
+mod common;
+mod drive;
+
+use carefork::testing::advance;
+use carefork::{Hook, register, stats};
+use common::{Verdict, check, isolated, reap};
+use drive::{BOTH, MS, SOON, freeze, inside, until_shut};
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering::SeqCst};
+use std::thread;
+use std::time::Duration;
+
+fn ends_well(pid: i32) {
+    assert_eq!(reap(pid, SOON), Verdict::Exited(0));
+}
+
+#[test]
+fn every_fork_is_timed_once_and_children_start_from_nothing() {
+    isolated("every_fork_is_timed_once_and_children_start_from_nothing", 30, || {
+        freeze();
+        let _hook = register(Hook::new("slow").prepare(|| advance(3 * MS)));
+        for kind in BOTH {
+            ends_well(kind.fork(|| {
+                let s = stats();
+                check(2, (s.turns.count, s.regions.count, s.hooks.count, s.copying.count) == (0, 0, 0, 0));
+                check(3, s.hooks.longest == Duration::ZERO && s.hooks.total == Duration::ZERO);
+                0
+            }));
+        }
+        let s = stats();
+        assert_eq!((s.turns.count, s.regions.count, s.hooks.count, s.copying.count), (2, 2, 2, 2));
+        assert_eq!((s.hooks.total, s.hooks.longest, s.hooks.median), (6 * MS, 3 * MS, 3 * MS));
+        assert_eq!((s.turns.longest, s.regions.longest, s.copying.longest), Default::default());
+    });
+}
+
+#[test]
+fn a_region_in_the_way_is_timed() {
+    isolated("a_region_in_the_way_is_timed", 30, || {
+        freeze();
+        for (i, kind) in BOTH.into_iter().enumerate() {
+            let region = inside("slow");
+            thread::scope(|s| {
+                let forker = s.spawn(|| ends_well(kind.fork(|| 0)));
+                until_shut();
+                advance(MS / 2);
+                region.leave();
+                forker.join().expect("the child is well");
+            });
+            let s = stats();
+            assert_eq!((s.regions.count, s.regions.longest), (1 + i as u64, MS / 2));
+            assert_eq!(s.regions.total, (1 + i as u32) * MS / 2);
+            assert_eq!((s.turns.longest, s.hooks.longest, s.copying.longest), Default::default());
+        }
+    });
+}
+
+/// Gate shut, opened again, shut: one wait, from the first to the last.
+#[test]
+fn a_region_that_outlasts_bounds_is_one_wait() {
+    isolated("a_region_that_outlasts_bounds_is_one_wait", 30, || {
+        freeze();
+        let region = inside("slow");
+        thread::scope(|s| {
+            let forker = s.spawn(|| ends_well(drive::coordinated(|| 0).expect("within its budget")));
+            until_shut();
+            for _ in 0..20 {
+                advance(MS);
+                thread::sleep(MS);
+            }
+            region.leave();
+            advance(100 * MS);
+            forker.join().expect("the child is well");
+        });
+        let regions = stats().regions;
+        assert_eq!(regions.count, 1);
+        assert!(regions.longest >= 20 * MS, "{regions:?}");
+    });
+}
+
+#[test]
+fn waiting_for_another_fork_is_timed() {
+    isolated("waiting_for_another_fork_is_timed", 30, || {
+        freeze();
+        let held = Arc::new(AtomicBool::new(true));
+        let (told, begun) = std::sync::mpsc::channel();
+        let gate = Arc::clone(&held);
+        let _hook = register(Hook::new("held").parent(move || {
+            if gate.load(SeqCst) {
+                told.send(()).expect("the test waits");
+                drive::until(|| !gate.load(SeqCst));
+            }
+        }));
+        thread::scope(|s| {
+            let first = s.spawn(|| ends_well(drive::coordinated(|| 0).expect("a child")));
+            begun.recv().expect("the first is in its parent handler");
+            let (tell, tid) = std::sync::mpsc::channel();
+            let second = s.spawn(move || {
+                tell.send(drive::gettid()).expect("the test waits");
+                ends_well(drive::coordinated(|| 0).expect("a child"));
+            });
+            let tid = tid.recv().expect("it begins");
+            // Asleep for its turn: there is nothing else that it waits for.
+            let call = format!("/proc/self/task/{tid}/syscall");
+            drive::until(|| {
+                std::fs::read_to_string(&call).is_ok_and(|c| c.starts_with(&format!("{} ", libc::SYS_futex)))
+            });
+            advance(7 * MS);
+            held.store(false, SeqCst);
+            for thread in [first, second] {
+                thread.join().expect("the child is well");
+            }
+        });
+        let s = stats();
+        assert_eq!((s.turns.count, s.turns.longest), (2, 7 * MS));
+    });
+}
