@@ -46,6 +46,8 @@ pub(crate) const FIRST_BOUND: u64 = 1_000_000;
 pub(crate) const LAST_BOUND: u64 = 100_000_000;
 /// How long a forker lets those in first that an earlier fork kept waiting (G3).
 pub(crate) const COURTESY: u64 = 1_000_000;
+/// How soon a thread that seems to wait for a lock of the forker's is asked again: it may have been on its way to sleep.
+pub(crate) const ASK_AGAIN: u64 = 50_000;
 /// How often a forker looks again before it sleeps: regions end in nanoseconds, a sleep costs microseconds.
 const LOOKS: u32 = if cfg!(loom) { 0 } else { 200 };
 
@@ -76,10 +78,9 @@ pub(crate) struct Slot {
     pub(crate) id: AtomicU32,
     fork: AtomicU32,
     ticket: AtomicU32,
-    /// The id of the owner of the lock that this thread, inside a region, waits for; 0 if none.
-    waits_for: AtomicU32,
-    /// Moves on with each look at that lock.
-    looked: AtomicU32,
+    /// The id of the owner of the lock that this thread, inside a region, waits for (low half; 0 if none), and a number that
+    /// moves on with each look at such a lock.
+    waits: AtomicU64,
     waits_at: AtomicPtr<u32>,
     /// Where the outermost region was entered, in builds that record it.
     pub(crate) entered: AtomicPtr<Location<'static>>,
@@ -98,8 +99,7 @@ impl Slot {
             id: AtomicU32::new(0),
             fork: AtomicU32::new(NONE),
             ticket: AtomicU32::new(0),
-            waits_for: AtomicU32::new(0),
-            looked: AtomicU32::new(0),
+            waits: AtomicU64::new(0),
             waits_at: AtomicPtr::new(std::ptr::null_mut()),
             entered: AtomicPtr::new(std::ptr::null_mut()),
             name: [const { AtomicU64::new(0) }; 2],
@@ -137,7 +137,7 @@ impl Slot {
     /// For a thread's end, `force_unlock` and the child: as if never entered. The caller calls `Gate::left`.
     pub(crate) fn clear(&self) {
         self.depth.store(0, Release);
-        self.waits_for.store(0, Relaxed);
+        self.waits.store(0, Relaxed);
         self.fork.store(NONE, Relaxed);
         self.request.store(std::ptr::null_mut(), Relaxed);
     }
@@ -212,8 +212,8 @@ pub(crate) struct Busy {
     queued: bool,
     /// One of them is in a coordinated fork, in another library's handler.
     pub(crate) entered: bool,
-    /// One of them waits for a lock that the one who looked holds: id and look number.
-    waits_for_me: Option<(u32, u32)>,
+    /// One of them waits for a lock that the one who looked holds: its id, and what it said.
+    waits_for_me: Option<(u32, u64)>,
 }
 
 impl Busy {
@@ -464,9 +464,9 @@ impl<S: Seats> Gate<S> {
     /// The calling thread, inside a region that is not this lock's own, is about to wait for a lock that `owner` holds.
     pub(crate) fn waits(&self, me: &Slot, owner: u32, at: *const u32) {
         me.waits_at.store(at.cast_mut(), Relaxed);
-        me.looked.store(me.looked.load(Relaxed).wrapping_add(1), Relaxed);
+        let looks = (me.waits.load(Relaxed) | u64::from(u32::MAX)).wrapping_add(1);
         // Release pairs with the Acquire in `look`: who sees the owner sees the address.
-        me.waits_for.store(owner, Release);
+        me.waits.store(looks | u64::from(owner), Release);
         // Pairs with the one in `shut`: the forker sees the owner, or this sees the forker.
         fence(SeqCst);
         if self.role.load(Relaxed) == owner {
@@ -484,7 +484,9 @@ impl<S: Seats> Gate<S> {
     }
 
     pub(crate) fn waits_no_more(&self, me: &Slot) {
-        me.waits_for.store(0, Relaxed);
+        me.waits.store(me.waits.load(Relaxed) & !u64::from(u32::MAX), Relaxed);
+        // Pairs with the one in `shut`: either the forker sees this, or the next look at the lock sees what the forker did to it.
+        fence(SeqCst);
     }
 
     /// Whether the owner of a lock is a thread that a dirty fork or a bypass left behind.
@@ -635,7 +637,7 @@ impl<S: Seats> Gate<S> {
     /// Waits until no other thread is in a region, at most until `until`.
     pub(crate) fn drain(&self, me: &Slot, shut: u32, until: u64, busy: &mut Busy) -> Drain {
         let mut looks = 0;
-        let mut asked: Option<(u32, u32)> = None;
+        let mut asked: Option<(u32, u64)> = None;
         let end = loop {
             let dozing = looks >= LOOKS;
             if dozing {
@@ -654,21 +656,25 @@ impl<S: Seats> Gate<S> {
                 // Another thread in a region wants to fork too: who holds nothing lets it go first (G5).
                 break if me.depth() == 0 { Drain::GiveWay } else { Drain::Deadlock };
             }
-            match (busy.waits_for_me, asked) {
-                (Some((who, look)), Some((asked, old))) if who == asked && look != old => {
+            let mut doze = until;
+            if let Some((who, look)) = busy.waits_for_me {
+                let again = asked.is_some_and(|(other, _)| other == who);
+                if fault("stale_wait_believed") || (again && asked != Some((who, look))) {
                     break Drain::Deadlock;
                 }
-                (Some((who, look)), None) => {
-                    // What it published may be old: make it look at its lock again.
+                // What it published may be old: make it look at its lock again. It may be about to sleep, and miss this.
+                if !again || (dozing && !fault("asked_once")) {
                     asked = Some((who, look));
                     if let Some(s) = self.seats.seat(who) {
                         sync::futex_wake_at(s.waits_at.load(Relaxed));
                     }
                 }
-                _ => {}
+                if !fault("asked_once") {
+                    doze = until.min(sync::now().saturating_add(ASK_AGAIN));
+                }
             }
             if dozing {
-                if sync::futex_wait(&self.drain, seen, ANY, Some(until)) == Wake::TimedOut {
+                if sync::futex_wait(&self.drain, seen, ANY, Some(doze)) == Wake::TimedOut && sync::now() >= until {
                     break Drain::TimedOut;
                 }
             } else {
@@ -697,8 +703,9 @@ impl<S: Seats> Gate<S> {
                 ENTERED => busy.entered = true,
                 _ => {}
             }
-            if me.depth() != 0 && s.waits_for.load(Acquire) == me.id() {
-                busy.waits_for_me = Some((s.id(), s.looked.load(Relaxed)));
+            let waits = s.waits.load(Acquire);
+            if me.depth() != 0 && waits as u32 == me.id() {
+                busy.waits_for_me = Some((s.id(), waits));
             }
             true
         });

@@ -21,11 +21,11 @@
 //! thread-local storage.
 
 // ground
-mod sync;
 mod sys;
 mod sys_close;
 mod sys_socket;
 mod clock;
+mod sync;
 // state
 mod durations;
 mod gate;
@@ -48,12 +48,13 @@ mod locks;
 // fork
 mod signals;
 mod options;
-mod fork;
 // parent
 mod child;
 // child
-mod in_child;
 mod cleanup;
+mod in_child;
+// and the step between them, which hands out both
+mod fork;
 // seeing
 mod lineage;
 mod columns;

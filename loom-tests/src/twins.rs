@@ -13,8 +13,7 @@ impl Slot {
             id: AtomicU32::new(id),
             fork: AtomicU32::new(NONE),
             ticket: AtomicU32::new(0),
-            waits_for: AtomicU32::new(0),
-            looked: AtomicU32::new(0),
+            waits: AtomicU64::new(0),
             waits_at: AtomicPtr::new(std::ptr::null_mut()),
             entered: AtomicPtr::new(std::ptr::null_mut()),
             name: [AtomicU64::new(0), AtomicU64::new(0)],
@@ -22,13 +21,14 @@ impl Slot {
         }
     }
 
-    fn words(&self) -> [&AtomicU32; 6] {
-        [&self.tid, &self.id, &self.fork, &self.ticket, &self.waits_for, &self.looked]
+    fn words(&self) -> [&AtomicU32; 4] {
+        [&self.tid, &self.id, &self.fork, &self.ticket]
     }
 
     pub(crate) fn copied(&self) -> Self {
         let copy = Self::new(0);
         copy.depth.store(self.depth.load(Acquire), Relaxed);
+        copy.waits.store(self.waits.load(Acquire), Relaxed);
         for (to, from) in copy.words().into_iter().zip(self.words()) {
             to.store(from.load(Acquire), Relaxed);
         }

@@ -176,7 +176,7 @@ fn a_fork_while_one_waits() {
 /// A third thread forks, at any point of waiting and notifying.
 #[test]
 fn a_waiter_a_notifier_and_a_forker() {
-    check(2, || {
+    check(1, || {
         let q = Queue::new(World::new(3));
         let others = [q.thread(1, Queue::take), q.thread(2, |q, me| q.put(me, 1, 1))];
         q.fork(q.me(0));

@@ -18,6 +18,8 @@ const FAULTS: &[(&str, &str)] = &[
     ("courteous_no_wake", "regions::regions_between_two_forks"),
     ("role_relaxed", "forkers::the_role_alone"),
     ("holder_not_first", "forkers::the_holder_forks_first"),
+    ("asked_once", "forkers::asked_before_it_sleeps"),
+    ("stale_wait_believed", "words::a_wait_that_has_just_ended"),
     ("turn_no_wake", "forkers::two_forkers_and_a_region"),
     ("reset_keeps_words", "regions::the_child_goes_on_after_another_forker"),
     ("hook_unmarked", "hooks::unregister_during_a_fork"),

@@ -103,8 +103,8 @@ fn both_hold() {
     });
 }
 
-/// A thread in a region waits for a lock that the forker holds: seen, and said at once (G5). A wait that has just ended is
-/// not taken for one. The clock is for a question that comes between the other's last look and its sleep.
+/// A thread in a region waits for a lock that the forker holds: seen, and said (G5). The clock is for a question that comes
+/// between the other's last look and its sleep.
 #[test]
 fn the_forkers_lock_is_waited_for_in_a_region() {
     check(1, || {
@@ -124,6 +124,39 @@ fn the_forkers_lock_is_waited_for_in_a_region() {
         });
         let ended = w.fork(w.seat(0), &mut NoHooks, None);
         assert!(matches!(ended, Ended::Forked | Ended::Not(Outcome::WouldDeadlock)), "{ended:?}");
+        lock.store(0, Ordering::Release);
+        sync::futex_wake(&lock, 1, sync::ANY);
+        w.gate.leave(w.seat(0), LOCK);
+        a.join().unwrap();
+        clock.stop();
+    });
+}
+
+/// The forker's question comes between the other's last look and its sleep: it is asked again long before the bound ends.
+#[test]
+fn asked_before_it_sleeps() {
+    check(1, || {
+        let w = World::reopening(2);
+        w.gate.enter(w.seat(0), LOCK);
+        let lock = Arc::new(AtomicU32::new(1));
+        // As thread 1 does before it sleeps.
+        w.gate.enter(w.seat(1), GUARD);
+        w.gate.waits(w.seat(1), 1, std::ptr::from_ref(&*lock).cast());
+        let waits = Arc::clone(&lock);
+        let a = w.thread(1, move |w, me| {
+            loop {
+                sync::futex_wait(&waits, 1, sync::ANY, None);
+                w.gate.waits_no_more(me);
+                if waits.load(Ordering::Acquire) == 0 {
+                    break;
+                }
+                w.gate.waits(me, 1, std::ptr::from_ref(&*waits).cast());
+            }
+            w.gate.leave(me, GUARD);
+        });
+        let clock = Clock::within_the_bound();
+        let ended = w.fork(w.seat(0), &mut NoHooks, None);
+        assert_eq!(ended, Ended::Not(Outcome::WouldDeadlock));
         lock.store(0, Ordering::Release);
         sync::futex_wake(&lock, 1, sync::ANY);
         w.gate.leave(w.seat(0), LOCK);

@@ -17,7 +17,7 @@ mod nested;
 mod regions;
 mod words;
 
-use crate::gate::{Busy, COURTESY, FIRST_BOUND, GUARD, Gate, LAST_BOUND, LOCK, Seats, Slot};
+use crate::gate::{ASK_AGAIN, Busy, COURTESY, FIRST_BOUND, GUARD, Gate, LAST_BOUND, LOCK, Seats, Slot};
 use crate::prepare::{Hooks, How, Outcome, Plan, Steps, prepare};
 use crate::sync;
 use loom::cell::UnsafeCell;
@@ -308,6 +308,22 @@ impl Clock {
                 if seen.load(Ordering::Relaxed) {
                     return;
                 }
+            }
+        });
+        Clock { stop, thread }
+    }
+
+    /// Moves time on where nobody else can go on, and ends before a fork's first bound does.
+    fn within_the_bound() -> Clock {
+        let stop = Arc::new(AtomicBool::new(false));
+        let seen = Arc::clone(&stop);
+        let thread = thread::spawn(move || {
+            for _ in 1..FIRST_BOUND / ASK_AGAIN {
+                thread::yield_now();
+                if seen.load(Ordering::Relaxed) {
+                    return;
+                }
+                sync::advance(ASK_AGAIN);
             }
         });
         Clock { stop, thread }

@@ -65,7 +65,7 @@ fn outside(w: &World, me: &Slot, lock: &Foreign) {
 /// The lock inside a region: the gate first, and no time-out is needed.
 #[test]
 fn lock_inside_a_region() {
-    check(2, || {
+    check(3, || {
         let w = World::new(2);
         let lock = Arc::new(Foreign::new());
         let theirs = Arc::clone(&lock);
@@ -78,7 +78,7 @@ fn lock_inside_a_region() {
 /// A region inside the lock: the other way round, and no time-out is needed either.
 #[test]
 fn region_inside_a_lock() {
-    check(2, || {
+    check(3, || {
         let w = World::new(2);
         let lock = Arc::new(Foreign::new());
         let theirs = Arc::clone(&lock);

@@ -83,7 +83,7 @@ fn without_membarrier() {
 /// A nested region never waits: with a shut gate that no clock reopens, waiting would be a deadlock.
 #[test]
 fn nesting() {
-    check(2, || {
+    check(3, || {
         let w = World::new(2);
         let a = w.thread(1, |w, me| {
             w.enter(me, GUARD);
@@ -125,7 +125,7 @@ fn trying() {
 /// A thread ends inside a region, or forces it open (G7): the forker that waits for it hears of it.
 #[test]
 fn end_inside_a_region() {
-    check(2, || {
+    check(3, || {
         let w = World::new(2);
         let a = w.thread(1, |w, me| {
             w.enter(me, GUARD);
@@ -165,7 +165,7 @@ fn waiting_for_a_lock_outside_the_region() {
 /// In the child only the forker goes on, and every operation with it, whatever the others were at.
 #[test]
 fn the_child_goes_on() {
-    check(2, || {
+    check(3, || {
         let w = World::with_child(2);
         let a = w.thread(1, |w, me| {
             w.region(me);

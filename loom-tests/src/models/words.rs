@@ -120,7 +120,7 @@ fn join(threads: impl IntoIterator<Item = JoinHandle<()>>) {
 
 #[test]
 fn three_lockers() {
-    check(3, || {
+    check(4, || {
         let l = Locks::new(3);
         let others = [l.thread(1, Locks::locked), l.thread(2, Locks::locked)];
         l.locked(l.me(0));
@@ -133,7 +133,7 @@ fn three_lockers() {
 /// A wake-up that meets a waiter whose time is up goes on to the next.
 #[test]
 fn a_timed_out_locker_passes_the_wake_up_on() {
-    check(2, || {
+    check(3, || {
         let l = Locks::new(3);
         l.mutex.lock(l.gate(), l.me(0));
         let timed = l.thread(1, |l, me| {
@@ -166,7 +166,7 @@ fn a_bit_for_the_second_sleeper() {
 /// The holder forks while another waits: who waits is in no region, and gets the lock afterwards.
 #[test]
 fn the_holder_forks() {
-    check(2, || {
+    check(3, || {
         let l = Locks::new(2);
         let me = l.me(0);
         l.mutex.lock(l.gate(), me);
@@ -218,13 +218,33 @@ fn waiting_inside_a_region_for_the_forker() {
             l.locked(me);
             l.gate().leave(me, GUARD);
         });
-        // The forker's question may come just before the other falls asleep: then it asks again after the bound.
+        // The forker's question may come just before the other falls asleep: then it asks again after a while.
         let clock = Clock::start(FIRST_BOUND);
         let ended = l.world.fork(me, &mut NoHooks, None);
         assert!(matches!(ended, Ended::Forked | Ended::Not(Outcome::WouldDeadlock)), "{ended:?}");
         l.mutex.unlock(l.gate(), me);
         join([nested]);
         clock.stop();
+    });
+}
+
+/// A wait for a lock that the forking thread has just let go of is not taken for one, though it holds another.
+#[test]
+fn a_wait_that_has_just_ended() {
+    check(3, || {
+        let l = Locks::new(2);
+        let me = l.me(0);
+        l.mutex.lock(l.gate(), me);
+        let nested = l.thread(1, |l, me| {
+            l.gate().enter(me, GUARD);
+            l.locked(me);
+            l.gate().leave(me, GUARD);
+        });
+        l.mutex.unlock(l.gate(), me);
+        l.gate().enter(me, LOCK);
+        assert_eq!(l.world.fork(me, &mut NoHooks, None), Ended::Forked);
+        l.gate().leave(me, LOCK);
+        join([nested]);
     });
 }
 
