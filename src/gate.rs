@@ -406,7 +406,7 @@ impl<S: Seats> Gate<S> {
         if mine {
             self.reopened.fetch_add(1, Relaxed);
         }
-        // The fence in `reopen` pairs with the one in `commit`: this finds the commitment, or `commit` finds the gate reopened.
+        // This finds the commitment, or `commit` finds the gate reopened.
         if !mine || !self.takes_commitment(shut) {
             self.seats.loosen(false);
         }
@@ -732,9 +732,9 @@ impl<S: Seats> Gate<S> {
     /// The gate is shut and every hook prepared: waiters give the fork `LAST_BOUND` from here.
     pub(crate) fn commit(&self, shut: u32) -> bool {
         self.deadline.store(sync::now().saturating_add(LAST_BOUND), Relaxed);
-        self.committed.store(shut, SeqCst);
-        fence(SeqCst);
-        let kept = self.still_shut(shut);
+        self.committed.store(shut, Relaxed);
+        // A write, so that the waiter's in `reopen` comes before it, and is found, or after, and finds `committed`.
+        let kept = self.word.compare_exchange(shut, shut, AcqRel, Acquire).is_ok();
         if !kept {
             self.was_reopened(shut);
         }
