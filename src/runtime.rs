@@ -810,8 +810,13 @@ fn become_child(passage: &mut Passage) {
     if !clean {
         STATE.dirty.store(true, Relaxed);
     }
-    // From here on hooks may use regions.
     take_over(!clean);
+    // From here on hooks may use regions: also where this runs under `mend`.
+    // SAFETY: as in `me`.
+    let alive = unsafe { &*STATE.alive.load(Relaxed) };
+    if alive.load(Relaxed) == MENDING {
+        alive.store(HERE, Release);
+    }
     if hooks {
         STATE.hooks.forget_waiters();
         STATE.hooks.finish(|h| hook::call(h, Phase::Child));

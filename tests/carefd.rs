@@ -6,8 +6,10 @@ mod common;
 mod kit;
 
 use carefork::{AdoptError, CareFd, ForkOptions, OnFork, no_forking, postfork_child_noexec};
-use common::{Refuse, Setup, between, check, count_syscalls, isolated, isolated_with, self_fds, strace_mark};
-use kit::{SOON, assert_gate_open, code, forked};
+use common::{
+    Refuse, Setup, Verdict, between, check, count_syscalls, isolated, isolated_with, raw, reap, self_fds, strace_mark,
+};
+use kit::{SOON, assert_gate_open, code, foreign, forked};
 use nix::sys::resource::{Resource, getrlimit};
 use std::fs::File;
 use std::io;
@@ -376,6 +378,46 @@ fn exactly(far: &[RawFd]) {
 #[test]
 fn a_clean_up_closes_exactly_the_care_fds() {
     isolated("a_clean_up_closes_exactly_the_care_fds", 20, || exactly(&[]));
+}
+
+/// What a child opens before its clean-up is its own: the clean-up leaves it alone, its children's does not.
+#[test]
+fn a_child_keeps_what_it_opened_itself() {
+    isolated("a_child_keeps_what_it_opened_itself", 30, || {
+        let inherited = CareFd::open(|| File::open("/dev/null")).expect("opened");
+        let number = inherited.as_raw_fd();
+        let child = |clean_up: &dyn Fn() -> carefork::Cleanup| {
+            let own = CareFd::open(|| File::open("/dev/null")).expect("opened");
+            check(2, clean_up().closed == 1);
+            check(3, !is_open(number) && own.is_open_here() && is_open(own.as_raw_fd()));
+            // SAFETY: nothing that is closed is used.
+            let mut grandchild = unsafe { carefork::spawn(|| i32::from(own.is_open_here())) }.expect("a child");
+            check(4, grandchild.wait().expect("a status").success());
+            drop(own);
+            0
+        };
+        // SAFETY: as above.
+        match unsafe { carefork::fork() }.expect("a fork") {
+            // A child that has forked without cleaning up hands nothing on that its own child would keep.
+            carefork::Fork::Child(token) => {
+                let before = CareFd::open(|| File::open("/dev/null")).expect("opened");
+                // SAFETY: as above.
+                let mut grandchild = unsafe { carefork::spawn(|| i32::from(before.is_open_here())) }.expect("a child");
+                check(5, grandchild.wait().expect("a status").success());
+                drop(before);
+                let token = std::cell::Cell::new(Some(token));
+                // SAFETY: as above.
+                raw::exit_now(child(&|| unsafe { token.take().expect("once").cleanup() }))
+            }
+            carefork::Fork::Parent(mut c) => assert!(c.wait().expect("a status").success()),
+        }
+        let pid = foreign(|| {
+            // SAFETY: as above.
+            child(&|| unsafe { carefork::postfork_child_noexec() }.expect("a child"))
+        });
+        assert_eq!(reap(pid, SOON), Verdict::Exited(0));
+        assert!(inherited.is_open_here());
+    });
 }
 
 /// As many descriptors as this machine grants, within reason.

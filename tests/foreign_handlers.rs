@@ -7,14 +7,16 @@ mod common;
 mod drive;
 
 use carefork::{
-    ForkError, ForkOptions, Hook, fork_generation, lineage, no_forking, register, set_foreign_budget, stats,
-    try_no_forking,
+    CareFd, ForkError, ForkOptions, Hook, fork_generation, lineage, no_forking, postfork_child_noexec, register,
+    set_foreign_budget, stats, try_no_forking,
 };
 use common::{Rng, Verdict, check, foreign_handlers, isolated, raw, reap, seccomp_refuse};
 use drive::{
     BOTH, Kind, MS, SOON, Stop, coordinated, foreign, fork_with, freeze, no_child_left, run_clock, until, until_shut,
 };
 use std::cell::UnsafeCell;
+use std::fs::File;
+use std::os::fd::AsRawFd;
 use std::sync::Once;
 use std::sync::atomic::{AtomicBool, AtomicI32, AtomicU32, AtomicUsize, Ordering::SeqCst};
 use std::thread;
@@ -323,6 +325,11 @@ fn waits_for_a_thread_at_the_gate() {
 }
 
 fn fork_while_one_comes_to_the_gate(kind: Kind, child: impl FnOnce() -> i32) {
+    fork_while_one_does(kind, || drop(no_forking()), child);
+}
+
+/// `at_gate` runs in another thread, between carefork's prepare handler and the fork.
+fn fork_while_one_does(kind: Kind, at_gate: impl FnOnce() + Send, child: impl FnOnce() -> i32) {
     AT_GATE.store(0, SeqCst);
     THROUGH.store(false, SeqCst);
     WAITED.store(0, SeqCst);
@@ -330,7 +337,7 @@ fn fork_while_one_comes_to_the_gate(kind: Kind, child: impl FnOnce() -> i32) {
         s.spawn(|| {
             until(|| AT_GATE.load(SeqCst) == 1);
             assert!(try_no_forking().is_none());
-            drop(no_forking());
+            at_gate();
             THROUGH.store(true, SeqCst);
         });
         ends_well(kind.fork(child));
@@ -347,8 +354,44 @@ fn a_commitment_lost_before_the_fork() {
         // It gave way, and came back.
         assert_eq!((stats().reopened, stats().thrown_away, stats().forks), (1, 1, 1));
         fork_while_one_comes_to_the_gate(Kind::Foreign, || i32::from(!lineage().dirty));
-        assert_eq!((stats().reopened, stats().thrown_away), (2, 1));
+        assert_eq!((stats().reopened, stats().thrown_away, stats().late), (2, 1, 1));
         assert!(no_child_left() && try_no_forking().is_some());
+    });
+}
+
+/// The child cannot know whether its descriptors were copied before or after: it may leak one, and never closes a stranger's.
+#[test]
+fn what_is_registered_after_a_lost_commitment_is_left_alone() {
+    isolated("what_is_registered_after_a_lost_commitment_is_left_alone", 30, || {
+        early([waits_for_a_thread_at_the_gate, nothing, nothing]);
+        let clock = run_clock(MS);
+        let before = CareFd::open(|| File::open("/dev/null")).expect("opened");
+        let late = std::sync::Mutex::new(None);
+        let number = AtomicI32::new(-1);
+        let opens = || {
+            let fd = CareFd::open(|| File::open("/dev/null")).expect("opened");
+            number.store(fd.as_raw_fd(), SeqCst);
+            *late.lock().expect("no panic") = Some(fd);
+        };
+        let earlier = before.as_raw_fd();
+        // SAFETY: integers only.
+        let is_open = |fd| unsafe { libc::fcntl(fd, libc::F_GETFD) } != -1;
+        fork_while_one_does(Kind::Foreign, opens, || {
+            // SAFETY: no descriptor borrowed before is used.
+            check(2, unsafe { postfork_child_noexec() }.is_ok_and(|c| c.closed == 1));
+            check(3, !is_open(earlier));
+            i32::from(!is_open(number.load(SeqCst)))
+        });
+        assert_eq!((stats().late, stats().dirty), (1, 0));
+        drop(clock);
+        early([nothing, nothing, nothing]);
+        // Nothing is left of it: to the child of a clean fork it is a care-fd like any.
+        ends_well(foreign(|| {
+            // SAFETY: as above.
+            check(2, unsafe { postfork_child_noexec() }.is_ok_and(|c| c.closed == 2));
+            i32::from(is_open(number.load(SeqCst)))
+        }));
+        assert_eq!(stats().late, 1);
     });
 }
 
