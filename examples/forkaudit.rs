@@ -1,6 +1,7 @@
 //! What would a child of that process get? Its descriptors and signals, with what fork and exec make of them.
 
 use carefork::{audit, audit_of};
+use std::io::Write as _;
 use std::process::ExitCode;
 
 const HELP: &str = "\
@@ -62,11 +63,9 @@ fn main() -> ExitCode {
     };
     match found {
         Ok(found) => {
-            if json {
-                println!("{}", found.to_json());
-            } else {
-                println!("{found}");
-            }
+            let text = if json { found.to_json() } else { found.to_string() };
+            // A reader that has seen enough (`| head`) is no reason to panic.
+            let _written = writeln!(std::io::stdout(), "{text}");
             ExitCode::from(u8::from(found.leaked().next().is_some()))
         }
         Err(e) => {

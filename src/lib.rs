@@ -9,6 +9,7 @@
 //! - **Hooks**: [`register`] a [`Hook`] for locks of other kinds; [`stdio::guard`] for std's output.
 //! - **Descriptors**: [`CareFd`] wraps one that must not linger in a child.
 //! - **Forking**: [`fork`], [`spawn`], [`ForkOptions`]; the child holds an [`InChild`] token, the parent a [`Child`].
+//! - **Seeing**: [`audit()`] for what children would get, [`report()`] for what is going on, [`stats`] for what went on.
 //!
 //! # What a child may do
 //! A child made by [`spawn`], or one that called [`InChild::cleanup`], may use every carefork lock, registered foreign locks,

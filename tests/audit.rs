@@ -15,7 +15,6 @@ use std::io::{self, Read as _, Write as _};
 use std::net::{TcpListener, TcpStream, UdpSocket};
 use std::os::fd::{AsFd, AsRawFd, FromRawFd, OwnedFd, RawFd};
 use std::os::linux::net::SocketAddrExt as _;
-use std::os::unix::ffi::OsStrExt as _;
 use std::os::unix::fs::OpenOptionsExt as _;
 use std::os::unix::net::{SocketAddr, UnixDatagram, UnixListener, UnixStream};
 use std::path::PathBuf;
@@ -101,9 +100,11 @@ fn zoo(dir: &Scratch) -> Vec<(OwnedFd, Kind, String, Fate)> {
     add(client.into(), Kind::Tcp, &format!("{there} -> {here}"), Leaked);
     add(server.into(), Kind::Tcp, &format!("{here} -> {there}"), Leaked);
     add(socket(libc::AF_INET, libc::SOCK_STREAM, 0), Kind::Tcp, "socket:[", Leaked);
-    let six = TcpListener::bind("[::1]:0").expect("bound");
-    let here = six.local_addr().expect("bound").to_string();
-    add(six.into(), Kind::TcpListener, &here, Leaked);
+    // Containers may come without.
+    if let Ok(six) = TcpListener::bind("[::1]:0") {
+        let here = six.local_addr().expect("bound").to_string();
+        add(six.into(), Kind::TcpListener, &here, Leaked);
+    }
     let udp = UdpSocket::bind("127.0.0.1:0").expect("bound");
     let here = udp.local_addr().expect("bound").to_string();
     add(udp.into(), Kind::Udp, &here, Leaked);
@@ -128,8 +129,12 @@ fn zoo(dir: &Scratch) -> Vec<(OwnedFd, Kind, String, Fate)> {
     let done = unsafe { libc::bind(bound.as_raw_fd(), (&raw const any).cast(), size_of_val(&any) as libc::socklen_t) };
     assert_eq!(done, 0);
     add(bound, Kind::Netlink, "protocol 0 port", Leaked);
-    // Its protocol has no table.
-    add(socket(libc::AF_INET, libc::SOCK_STREAM, libc::IPPROTO_MPTCP), Kind::Socket, "MPTCP socket:[", Leaked);
+    // Its protocol has no table. Kernels may come without it.
+    // SAFETY: integers only.
+    let mptcp = unsafe { libc::socket(libc::AF_INET, libc::SOCK_STREAM | libc::SOCK_CLOEXEC, libc::IPPROTO_MPTCP) };
+    if mptcp >= 0 {
+        add(own(mptcp), Kind::Socket, "MPTCP socket:[", Leaked);
+    }
 
     let (r, w) = io::pipe().expect("a pipe");
     add(r.into(), Kind::Pipe, "pipe:[", Leaked);
@@ -552,134 +557,6 @@ fn what_goes_meanwhile_is_left_out() {
                 drop(audit().expect("an audit"));
             }
         });
-    });
-}
-
-// -- as text
-
-#[test]
-fn the_table_reads_well() {
-    isolated("the_table_reads_well", 20, || {
-        let dir = PathBuf::from(format!("/tmp/carefork-golden-{}-{}", std::process::id(), "x".repeat(60)));
-        fs::create_dir(&dir).expect("a directory of our own");
-        let log = File::create(dir.join("the-end-of-the-path.log")).expect("created");
-        fs::remove_dir_all(&dir).expect("it was there");
-        set_cloexec(&log, false);
-        let listener = CareFd::open(|| TcpListener::bind("127.0.0.1:0")).expect("bound");
-        let port = listener.local_addr().expect("bound").port().to_string();
-        let null = CareFd::open_on(OnFork::Close, || File::open("/dev/null")).expect("open");
-        let lock = File::open("/etc/passwd").expect("open");
-        lock.lock_shared().expect("locked");
-        block(&[libc::SIGTERM]);
-        let found = audit().expect("an audit");
-        let mut text =
-            format!("{found}\n").replace(&format!("process {} ", found.pid), "process PID ").replace(&port, "PORT");
-        // What libc keeps for itself is its own affair.
-        for own in [" SIG32", " SIG33", " SIG34"] {
-            text = text.replace(own, "");
-        }
-        assert_eq!(text, GOLDEN, "\n{text}");
-        drop((log, listener, null, lock));
-    });
-}
-
-const GOLDEN: &str = "\
-process PID (exe): 2 threads, 7 descriptors
- FD MODE KIND           CLOEXEC CARE    NOEXEC EXEC   TARGET
-  0 r    device         no      no      kept   kept   /dev/null
-  1 rw   memfd          no      no      kept   kept   /memfd:carefork-test (deleted)
-  2 rw   memfd          no      no      kept   kept   /memfd:carefork-test (deleted)
-  3 w    file           no      no      kept   LEAKED /tmp/carefork-golden-...the-path.log (deleted)
-  4 rw   tcp listen     yes     cleanup closed closed 127.0.0.1:PORT
-  5 r    device         yes     close   closed closed /dev/null
-  6 r L  file           yes     no      LEAKED closed /etc/passwd
-signals caught:  SIGBUS SIGSEGV
-signals ignored: SIGPIPE
-signals blocked: SIGTERM
-would leak: 1 into an exec child, 1 into a noexec child
-";
-
-/// The widest that a terminal may show it.
-fn width(line: &str) -> usize {
-    line.chars().map(|c| if c < '\u{1100}' { 1 } else { 2 }).sum()
-}
-
-#[test]
-fn a_table_of_anything_fits_a_hundred_columns() {
-    isolated("a_table_of_anything_fits_a_hundred_columns", 20, || {
-        let dir = Scratch::new("wide");
-        let names = [
-            "a".repeat(255).into_bytes(),
-            "長い名前".repeat(20).into_bytes(),
-            "ümlaut".repeat(30).into_bytes(),
-            b"line\nfeed\x1b[31m\"quotes\" and \\ \ttab".to_vec(),
-            b"not \xff\xfe UTF-8".to_vec(),
-        ];
-        let files: Vec<File> = names
-            .iter()
-            .map(|name| File::create(dir.0.join(std::ffi::OsStr::from_bytes(name))).expect("created"))
-            .collect();
-        // A number as wide as they come, and more signals than fit a line.
-        // SAFETY: an open descriptor.
-        let far = own(unsafe { libc::fcntl(files[0].as_raw_fd(), libc::F_DUPFD_CLOEXEC, 1000) });
-        let many: Vec<i32> = (1..=64).filter(|s| ![9, 19, 32, 33].contains(s)).collect();
-        block(&many);
-        let found = audit().expect("an audit");
-        let text = found.to_string();
-        assert!(text.lines().all(|line| width(line) <= 100), "\n{text}");
-        assert!(text.lines().any(|line| width(line) == 100), "\n{text}");
-        assert!(!text.contains(|c: char| c.is_control() && c != '\n'), "\n{text}");
-        assert_eq!(
-            text.lines()
-                .filter(|l| l.starts_with(|c: char| c == ' ' || c.is_ascii_digit()) && l.contains(" file "))
-                .count(),
-            files.len() + 1,
-            "a line for each\n{text}"
-        );
-        assert!(text.contains("SIGRTMIN+30") || text.contains("SIGRTMIN+29"), "\n{text}");
-        assert_json(&found);
-        drop(far);
-    });
-}
-
-/// What a parser reads is what the audit says.
-#[track_caller]
-fn assert_json(found: &Audit) {
-    let json: serde_json::Value = serde_json::from_str(&found.to_json()).expect("JSON");
-    assert_eq!((&json["pid"], &json["name"]), (&found.pid.into(), &found.name.as_str().into()));
-    assert_eq!(json["threads"], found.threads);
-    let list = json["descriptors"].as_array().expect("a list");
-    assert_eq!(list.len(), found.descriptors.len());
-    for (j, d) in list.iter().zip(&found.descriptors) {
-        let care = match d.care {
-            Care::No => "no".into(),
-            Care::On(OnFork::Cleanup) => "cleanup".into(),
-            Care::On(OnFork::Close) => "close".into(),
-            _ => serde_json::Value::Null,
-        };
-        let expected = serde_json::json!({
-            "fd": d.number, "kind": d.kind.to_string(), "target": d.target, "read": d.read, "write": d.write,
-            "close_on_exec": d.close_on_exec, "locked": d.locked, "care": care,
-            "noexec": d.noexec.map(|f| f.to_string()), "exec": d.exec.to_string(),
-        });
-        assert_eq!(*j, expected);
-    }
-    for (name, signals) in [("caught", &found.caught), ("ignored", &found.ignored), ("blocked", &found.blocked)] {
-        let names = json[name].as_array().expect("a list");
-        assert_eq!(names.len(), signals.len());
-        assert_eq!(names.contains(&"SIGTERM".into()), signals.contains(&libc::SIGTERM));
-    }
-}
-
-#[test]
-fn json_says_the_same() {
-    isolated("json_says_the_same", 20, || {
-        let mixed = Mixed::new();
-        catch(libc::SIGTERM, nothing);
-        assert_json(&audit().expect("an audit"));
-        let pid = std::process::id();
-        in_child(|| assert_json(&audit_of(pid).expect("an audit of the parent")));
-        drop(mixed);
     });
 }
 

@@ -22,8 +22,10 @@
 //! |---|---|
 //! | a care-fd, of either [`OnFork`] | closed |
 //! | 0, 1, 2 | kept |
-//! | any other whose end somebody may wait for: a socket, a pipe, a terminal, a file locked by flock(2) or by an open file description lock | **leaked** |
+//! | any other whose end somebody may wait for: socket, pipe, terminal, file with a lock that children share | **leaked** |
 //! | any other: a file, a directory, a memfd, an epoll | kept |
+//!
+//! Children share the locks of flock(2), open file description locks and leases, not those of POSIX.
 //!
 //! So what is *leaked* is what makes a forgotten child felt outside: a port that stays in use, a reader that gets no end of
 //! file, a lock that nobody gives back. Since care-fds are left out, those that remain are other libraries'. A child of a process
@@ -151,9 +153,9 @@ pub struct Descriptor {
     pub number: RawFd,
     /// What it is.
     pub kind: Kind,
-    /// What it leads to: a path (with ` (deleted)` behind it where the file has no name any more), a socket's addresses, the process of
-    /// a pidfd, the numbers that an epoll watches, else the kernel's name for it (`pipe:[1234]`). Bytes that are not UTF-8
-    /// are replaced.
+    /// What it leads to: a path (with ` (deleted)` behind it where the file has no name any more), a socket's addresses,
+    /// the process of a pidfd, the numbers that an epoll watches, else the kernel's name for it (`pipe:[1234]`). Bytes that
+    /// are not UTF-8 are replaced.
     pub target: String,
     /// Open for reading.
     pub read: bool,
