@@ -170,22 +170,30 @@ fn a_child_reports_what_it_has() {
     });
 }
 
-/// What threads that are gone have left behind in a dirty child is nobody's region.
+/// A foreign fork past its budget names who was in its way, and since where, as the report does; what that thread has left behind
+/// in the dirty child is nobody's region.
 #[test]
-fn a_dirty_child_says_so() {
-    isolated("a_dirty_child_says_so", 20, || {
+fn a_dirty_fork_names_the_culprit() {
+    isolated("a_dirty_fork_names_the_culprit", 20, || {
         carefork::set_foreign_budget(Some(std::time::Duration::from_millis(1)));
         let sleeper = InRegion::new("sleeper");
-        let pid = kit::foreign(|| {
-            let here = report();
-            check(1, here.lineage.dirty && here.regions.is_empty());
-            check(2, here.to_string().contains(": generation 1, after a dirty fork\n"));
-            0
+        let said = kit::captured(2, || {
+            let pid = kit::foreign(|| {
+                let here = report();
+                check(1, here.lineage.dirty && here.regions.is_empty());
+                check(2, here.to_string().contains(": generation 1, after a dirty fork\n"));
+                0
+            });
+            assert_eq!(common::reap(pid, kit::SOON), common::Verdict::Exited(0));
         });
-        assert_eq!(common::reap(pid, kit::SOON), common::Verdict::Exited(0));
         let here = report();
         assert_eq!((here.stats.foreign, here.stats.dirty, here.regions.len()), (1, 1, 1));
         assert!(!here.lineage.dirty);
+        let culprit = &here.regions[0];
+        let since = culprit.entered.map_or(String::new(), |at| format!(" since {}:{}", at.file(), at.line()));
+        let line = format!("[thread {} sleeper in a region{since}]\n", culprit.tid);
+        assert!(said.ends_with(&line) && said.lines().count() == 1, "{said:?} not {line:?}");
+        assert_eq!(cfg!(debug_assertions), here.to_string().contains("kit/mod.rs:"), "{here}");
         drop(sleeper);
     });
 }
