@@ -10,7 +10,7 @@
 
 pub(crate) use crate::care_word::{Kind, State};
 
-use crate::care_word::{self, Dirty, KIND};
+use crate::care_word::{self, Dirty};
 use crate::{sys, sys_close};
 use std::io;
 use std::os::fd::RawFd;
@@ -339,7 +339,8 @@ pub(crate) fn close_all_but(keep: &[RawFd], also: Option<RawFd>) {
 /// What a number refers to, as it was at its registration and as it is (F6).
 #[cfg(debug_assertions)]
 mod behind {
-    use super::{CareTable, KIND, RawFd, Relaxed, sys};
+    use super::{CareTable, RawFd, Relaxed, sys};
+    use crate::care_word::KIND;
 
     /// What became of a registered number behind the library's back.
     #[derive(Clone, Copy, Debug, PartialEq, Eq)]

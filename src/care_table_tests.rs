@@ -1,7 +1,7 @@
 //! The registry without a fork: words, runs, far numbers.
 
 use super::*;
-use crate::care_word::MARK;
+use crate::care_word::{KIND, MARK};
 use std::collections::BTreeSet;
 
 const BOTH: &[Kind] = &[Kind::Cleanup, Kind::Close];
