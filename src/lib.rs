@@ -56,6 +56,9 @@ mod cleanup;
 mod in_child;
 // and the step between them, which hands out both
 mod fork;
+// subsystems
+#[cfg(feature = "service")]
+mod service;
 // seeing
 mod lineage;
 mod columns;
@@ -76,6 +79,8 @@ pub use locks::*;
 pub use options::ForkOptions;
 pub use region::{NoForking, force_unlock, no_forking, try_no_forking};
 pub use report::{Report, report};
+#[cfg(feature = "service")]
+pub use service::{OnChild, Reply, SendError, Service, ServiceBuilder, ServiceError};
 pub use signals::Signals;
 
 /// What tests and benches need and programs do not: the clock, and the bare registry.

@@ -263,6 +263,13 @@ pub(crate) fn is_young() -> bool {
     young
 }
 
+/// This process was cleaned up, or no fork has made it.
+#[cfg(feature = "service")]
+pub(crate) fn is_cleaned_up() -> bool {
+    let generation = generation();
+    STATE.cleaned.load(Acquire) == generation
+}
+
 /// Before the first registration of its kind.
 pub(crate) fn will_close_at_fork() {
     STATE.closes_at_fork.store(true, Relaxed);

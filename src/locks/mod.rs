@@ -7,6 +7,7 @@ mod condvar;
 mod lazy;
 mod mutex;
 mod once;
+mod per_process;
 mod rwlock;
 pub(crate) mod word_condvar;
 pub(crate) mod word_mutex;
@@ -18,6 +19,9 @@ pub use condvar::{Condvar, RawCondvar, WaitTimeoutResult};
 pub use lazy::LazyLock;
 pub use mutex::{Held, MappedMutexGuard, Mutex, MutexGuard, RawMutex};
 pub use once::OnceLock;
+#[cfg(feature = "service")]
+pub(crate) use per_process::Own;
+pub use per_process::PerProcess;
 pub use rwlock::{
     MappedRwLockReadGuard, MappedRwLockWriteGuard, RawRwLock, RwLock, RwLockReadGuard, RwLockUpgradableReadGuard,
     RwLockWriteGuard,

@@ -72,6 +72,31 @@ impl Kind {
     }
 }
 
+impl Kind {
+    /// As [`Kind::fork`], in a child that has cleaned up, as one does that goes on without exec.
+    #[track_caller]
+    pub fn noexec(self, f: impl FnOnce() -> i32) -> i32 {
+        match self {
+            // SAFETY: each `f` keeps to what a child may do.
+            Kind::Coordinated => match unsafe { carefork::fork() }.expect("a coordinated fork") {
+                Fork::Parent(child) => child.id() as i32,
+                Fork::Child(token) => {
+                    // SAFETY: no `f` uses a borrowed descriptor.
+                    let done = unsafe { token.cleanup() };
+                    raw::exit_now(if done.already { 120 } else { f() })
+                }
+            },
+            Kind::Foreign => self.fork(|| {
+                // SAFETY: as above.
+                match unsafe { carefork::postfork_child_noexec() } {
+                    Ok(done) if !done.already => f(),
+                    _ => 120,
+                }
+            }),
+        }
+    }
+}
+
 /// Waits until `f`; the watchdog of the isolated test is the bound.
 pub fn until(mut f: impl FnMut() -> bool) {
     while !f() {
