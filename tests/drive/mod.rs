@@ -83,13 +83,13 @@ impl Kind {
                 Fork::Child(token) => {
                     // SAFETY: no `f` uses a borrowed descriptor.
                     let done = unsafe { token.cleanup() };
-                    raw::exit_now(if done.already { 120 } else { f() })
+                    raw::exit_now(if done.already || done.panicked > 0 { 120 } else { f() })
                 }
             },
             Kind::Foreign => self.fork(|| {
                 // SAFETY: as above.
                 match unsafe { carefork::postfork_child_noexec() } {
-                    Ok(done) if !done.already => f(),
+                    Ok(done) if !done.already && done.panicked == 0 => f(),
                     _ => 120,
                 }
             }),
