@@ -83,6 +83,8 @@ pub use report::{Report, report};
 pub use service::{OnChild, Reply, SendError, Service, ServiceBuilder, ServiceError};
 pub use signals::Signals;
 
+pub mod recipes;
+
 /// What tests and benches need and programs do not: the clock, and the bare registry.
 #[cfg(feature = "testing")]
 pub mod testing {
