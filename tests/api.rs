@@ -6,11 +6,11 @@
     clippy::type_complexity
 )]
 
+#[allow(clippy::wildcard_imports)]
+use carefork::*;
 use carefork::audit::{Care, Descriptor, Fate, Kind};
 use carefork::report::{CareFdEntry, HookEntry, RegionEntry};
 use carefork::stdio::{Stream, Waiting};
-#[allow(clippy::wildcard_imports)]
-use carefork::*;
 use std::cell::Cell;
 use std::error::Error;
 use std::fmt::Debug;
@@ -86,12 +86,24 @@ is!(RawRwLock => lock_api::RawRwLock + lock_api::RawRwLockTimed + lock_api::RawR
 is_not!(RawMutex => lock_api::RawMutexFair);
 is_not!(RawRwLock => lock_api::RawRwLockFair);
 
+// A service is shared; what it is told to do goes to its thread.
+is!(Service<Cell<u8>>, OnChild<u8>, SendError<Cell<u8>>, ServiceError => Send + Debug + Unpin);
+is!(Service<Cell<u8>>, OnChild<u8>, ServiceError => Sync);
+is!(ServiceBuilder<u8>, Reply<Cell<u8>> => Send + Debug);
+is!(SendError<*const u8>, ServiceError => Error);
+is!(OnChild<String> => Copy + Default);
+is_not!(Service<u8>, Reply<u8>, ServiceBuilder<u8> => Clone);
+is!(PerProcess<u8>, PerProcess<String> => Send + Sync + Debug + UnwindSafe + RefUnwindSafe);
+is_not!(PerProcess<Cell<u8>>, PerProcess<*const u8> => Sync);
+is_not!(PerProcess<*const u8> => Send);
+
 // Const-constructible.
 static _MUTEX: Mutex<u8> = Mutex::new(0);
 static _RW_LOCK: RwLock<u8> = RwLock::new(0);
 static _CONDVAR: Condvar = Condvar::new();
 static _ONCE: OnceLock<u8> = OnceLock::new();
 static _LAZY: LazyLock<u8> = LazyLock::new(|| 0);
+static _PER_PROCESS: PerProcess<u8> = PerProcess::new(|| 0);
 
 /// The functions, by their whole types.
 #[test]
@@ -153,6 +165,21 @@ fn functions_have_the_types_they_are_known_by() {
     let _: fn(Hook, i32) -> Hook = Hook::rank;
     let _: [fn(Hook, fn()) -> Hook; 5] = [Hook::prepare, Hook::undo, Hook::parent, Hook::child, Hook::cleanup];
     let _: fn(Hook, fn() -> Result<(), Veto>) -> Hook = Hook::try_prepare;
+    let _: fn(&'static str, fn() -> u8) -> ServiceBuilder<u8> = Service::builder;
+    let _: fn(ServiceBuilder<u8>, usize) -> ServiceBuilder<u8> = ServiceBuilder::capacity;
+    let _: [fn(ServiceBuilder<u8>) -> ServiceBuilder<u8>; 2] = [ServiceBuilder::unbounded, ServiceBuilder::eager];
+    let _: fn(ServiceBuilder<u8>, OnChild<u8>) -> ServiceBuilder<u8> = ServiceBuilder::on_child;
+    let _: fn(ServiceBuilder<u8>, Duration, fn(&mut u8)) -> ServiceBuilder<u8> = ServiceBuilder::every;
+    let _: fn(ServiceBuilder<u8>, fn(&mut u8, String)) -> io::Result<Service<String>> = ServiceBuilder::start;
+    let _: fn(fn(&u8) -> u8) -> OnChild<u8> = OnChild::HandOver;
+    let _: [fn(&Service<u8>, u8) -> Result<(), SendError<u8>>; 2] = [Service::send, Service::try_send];
+    let _: fn(&Service<u8>, fn(Reply<String>) -> u8) -> Result<String, ServiceError> = Service::call;
+    let _: [fn(&Service<u8>) -> Result<(), ServiceError>; 2] = [Service::flush, Service::stop];
+    let _: fn(&Service<u8>) -> &'static str = Service::name;
+    let _: fn(Reply<u8>, u8) = Reply::send;
+    let _: fn(SendError<u8>) -> ServiceError = ServiceError::from;
+    let _: for<'a> fn(&'a PerProcess<u8>) -> &'a u8 = PerProcess::get;
+
     let _: fn(&'static str) -> Veto = Veto::from;
     let _: fn(String) -> Veto = Veto::from;
 }
@@ -179,6 +206,26 @@ fn errors_tell() {
     let vetoed = ForkError::Vetoed { hook: "database", reason: "a transaction is open".into() };
     assert!(vetoed.to_string().contains("\"database\"") && vetoed.to_string().contains("a transaction is open"));
     assert!(ForkError::Invalid("what").to_string().ends_with("what"));
+
+    let (service, error) = ("metrics", io::Error::from_raw_os_error(libc::EAGAIN));
+    let os = ServiceError::Os { service, error };
+    assert!(os.to_string().contains("Resource temporarily unavailable") && os.source().is_some());
+    let not_restarted = ServiceError::NotRestarted { service };
+    assert!(
+        not_restarted.to_string().contains("\"metrics\"")
+            && not_restarted.to_string().contains("postfork_child_noexec")
+    );
+    let unsent = SendError { message: 0, error: ServiceError::Full { service } };
+    assert!(unsent.to_string().contains("\"metrics\": the channel is full") && unsent.source().is_none());
+    for e in [
+        ServiceError::Stopped { service },
+        ServiceError::Panicked { service },
+        ServiceError::StateLost { service },
+        ServiceError::NoReply { service },
+        ServiceError::OwnThread { service },
+    ] {
+        assert!(e.to_string().starts_with("service \"metrics\""), "{e}");
+    }
 }
 
 /// Whatever the crate exports is named above.

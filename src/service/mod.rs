@@ -37,18 +37,17 @@ use std::thread::{self, JoinHandle, ThreadId};
 /// program, and a child, with [`Service::stop`] or [`Service::flush`], or what is still queued is lost.
 ///
 /// ```
-/// use carefork::{OnChild, Service};
-/// let sum = Service::builder("sum", || 0)
-///     .on_child(OnChild::HandOver(|sum| *sum))
-///     .every(std::time::Duration::from_secs(60), |sum| println!("{sum}"))
-///     .start(|sum, n: i32| *sum += n)?;
-/// sum.send(4)?;
-/// sum.flush()?;
+/// use carefork::Service;
+/// use std::collections::BTreeSet;
+/// let seen = Service::builder("seen", BTreeSet::new).start(|names, name: String| {
+///     names.insert(name);
+/// })?;
+/// seen.send("parent".into())?;
 /// // SAFETY: the child uses no descriptor of the parent's.
 /// let mut child = unsafe {
 ///     carefork::spawn(|| {
-///         sum.send(3).expect("it works at once");
-///         i32::from(sum.flush().is_err()) // prints 7
+///         // Works at once, with a set of its own.
+///         i32::from(seen.send("child".into()).is_err() || seen.flush().is_err())
 ///     })
 /// }?;
 /// assert!(child.wait()?.success());
