@@ -8,6 +8,8 @@
 //!   [`LazyLock`] are regions; so are opening and closing a [`CareFd`].
 //! - **Hooks**: [`register`] a [`Hook`] for locks of other kinds; [`stdio::guard`] for std's output.
 //! - **Descriptors**: [`CareFd`] wraps one that must not linger in a child.
+//! - **Threads**: a [`Service`] has one, and a channel, that come back in a child; [`PerProcess`] makes a pool or a connection anew in
+//!   each process; [`recipes`] has rayon's and others.
 //! - **Forking**: [`fork`], [`spawn`], [`ForkOptions`]; the child holds an [`InChild`] token, the parent a [`Child`].
 //! - **Seeing**: [`audit()`] for what children would get, [`report()`] for what is going on, [`stats`] for what went on.
 //!

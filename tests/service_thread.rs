@@ -166,7 +166,7 @@ fn dropped_in_its_own_handler() {
 fn dropped_inside_a_region() {
     isolated("dropped_inside_a_region", 60, || {
         for on_child in [OnChild::Restart, OnChild::HandOver(|sum| *sum)] {
-            let service = adder(on_child);
+            let service = builder(on_child).eager().start(handle).expect("a thread");
             let region = carefork::no_forking();
             let forker = thread::spawn(|| passed(Kind::Foreign.fork(|| 0)));
             until_shut();

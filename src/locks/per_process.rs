@@ -41,7 +41,8 @@ impl<T, F: Fn() -> T> PerProcess<T, F> {
     /// This process's value; the first to ask makes it, the others wait.
     ///
     /// # Panics
-    /// With `make`; the next to ask tries again. If `make` asks for the value that it makes.
+    /// With `make`; the next to ask tries again. If `make` asks for the value that it makes. In a child of a *dirty* fork or a bypass
+    /// (see [`lineage`](crate::lineage())) that came while another thread made the value.
     #[inline]
     #[track_caller]
     pub fn get(&self) -> &T {

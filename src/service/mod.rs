@@ -172,7 +172,8 @@ impl<M: Send + 'static> Service<M> {
     /// with a child's first message also `StateLost` and `Os`.
     ///
     /// # Panics
-    /// With a child's first message, if making the state does.
+    /// With a child's first message: if making the state does, or if a *dirty* fork (see [`lineage`](crate::lineage())) came while another
+    /// thread started the service.
     pub fn send(&self, message: M) -> Result<(), SendError<M>> {
         let line = match self.inner.line() {
             Ok(line) => line,
