@@ -272,24 +272,31 @@ fn a_child_of_the_handler() {
     });
 }
 
-/// The caller is a ghost in the child, parked for an answer.
+/// The caller is a ghost in the child, parked for an answer: the channel to it is left alone.
 #[test]
 fn a_reply_in_a_child_answers_nobody() {
     isolated("a_reply_in_a_child_answers_nobody", 60, || {
-        let service = Service::builder("forker", || ()).start(|(), (kind, reply): (Kind, Reply<i32>)| {
+        let [dropped, ..] = shared();
+        let service = Service::builder("forker", || ()).start(|(), (kind, reply): (Kind, Reply<Counted>)| {
             let mut reply = Some(reply);
-            let pid = kind.noexec(|| {
-                let reply = reply.take().expect("taken once");
-                reply.send(1);
+            dropped.store(0, SeqCst);
+            passed(kind.noexec(|| {
+                reply.take().expect("taken once").send(Counted(dropped));
+                // Not put where a ghost would have to take it out.
+                check(1, dropped.load(SeqCst) == 1);
                 0
-            });
-            passed(pid);
-            reply.take().expect("taken once").send(2);
+            }));
+            passed(kind.noexec(|| {
+                drop(reply.take());
+                0
+            }));
+            reply.take().expect("taken once").send(Counted(dropped));
         });
         let service = service.expect("a thread");
         for _ in 0..50 {
             for kind in BOTH {
-                assert_eq!(service.call(|reply| (kind, reply)).expect("an answer"), 2);
+                drop(service.call(|reply| (kind, reply)).expect("an answer"));
+                assert_eq!(dropped.load(SeqCst), 2);
             }
         }
     });
