@@ -12,6 +12,7 @@ use carefork::{OnChild, Reply, Service, ServiceError};
 use common::{check, isolated, thread_count};
 use drive::{BOTH, Kind, freeze, inside, no_child_left, until, until_shut};
 use kit::shared;
+use std::cell::Cell;
 use std::sync::atomic::{AtomicU64, Ordering::SeqCst};
 use std::sync::{Arc, Mutex, OnceLock, mpsc};
 use std::thread;
@@ -266,5 +267,45 @@ fn a_channel_that_is_never_empty_does_not_keep_it_from_its_time() {
         service.send(()).expect("sent");
         until(|| runs.load(SeqCst) > 3);
         service.stop().expect("no panic");
+    });
+}
+
+/// std takes a lock in a thread's first and last steps that threads of a child need.
+#[test]
+fn no_fork_comes_while_its_thread_begins_or_ends() {
+    /// Asks, among the last things that a thread does, whether a fork would be one inside a region of its own.
+    struct Last(Cell<Option<mpsc::Sender<bool>>>);
+    impl Drop for Last {
+        fn drop(&mut self) {
+            // SAFETY: the child exits at once.
+            let in_region = match unsafe { carefork::fork() } {
+                Err(carefork::ForkError::Forbidden { .. }) => true,
+                Ok(carefork::Fork::Child(child)) => child.exit(0),
+                Ok(carefork::Fork::Parent(mut child)) => !child.wait().is_ok_and(|status| status.success()),
+                Err(_) => false,
+            };
+            self.0.take().map(|tell| tell.send(in_region));
+        }
+    }
+    thread_local! {
+        static LAST: Last = const { Last(Cell::new(None)) };
+    }
+    isolated("no_fork_comes_while_its_thread_begins_or_ends", 60, || {
+        let named = || {
+            let tasks = std::fs::read_dir("/proc/self/task").expect("/proc");
+            let names = tasks.filter_map(|t| std::fs::read_to_string(t.ok()?.path().join("comm")).ok());
+            names.filter(|name| name == "brief\n").count()
+        };
+        for i in 0..100 {
+            let service = Service::builder("brief", || ()).start(|(), tell| LAST.with(|last| last.0.set(Some(tell))));
+            let service = service.expect("a thread");
+            // A thread gives itself its name, in its first steps. One that was joined may still be listed.
+            assert!(named() > 0, "round {i}: the thread has not begun");
+            let (tell, told) = mpsc::channel();
+            service.send(tell).expect("sent");
+            drop(service);
+            assert!(told.recv().expect("told"), "the thread ended outside of a region");
+            until(|| named() == 0);
+        }
     });
 }
