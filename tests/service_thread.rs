@@ -79,30 +79,76 @@ fn a_panic_ends_it() {
     });
 }
 
-/// Whoever waits for it is told, whatever it waits in.
+#[test]
+fn what_was_queued_at_a_panic_is_dropped() {
+    isolated("what_was_queued_at_a_panic_is_dropped", 60, || {
+        let [dropped, ..] = shared();
+        let (go, wait) = mpsc::channel::<()>();
+        let wait = Mutex::new(wait);
+        let service = Service::builder("fragile", || ()).start(move |(), _: Counted| {
+            let _ = wait.lock().expect("no panic holds it").recv();
+            std::panic::resume_unwind(Box::new("on purpose"));
+        });
+        let service = service.expect("a thread");
+        for _ in 0..5 {
+            service.send(Counted(dropped)).expect("sent");
+        }
+        drop(go);
+        assert!(matches!(service.stop(), Err(ServiceError::Panicked { .. })));
+        // Not only with the service.
+        assert_eq!(dropped.load(SeqCst), 5);
+    });
+}
+
+/// Whoever waits for it is told, whatever it waits in, also those who found room in the channel as it ended.
 #[test]
 fn a_panic_wakes_those_who_wait() {
     isolated("a_panic_wakes_those_who_wait", 60, || {
-        let service = builder(OnChild::Restart).capacity(1).start(handle).expect("a thread");
-        let go = keep_busy(&service);
-        service.send(Message::Do(Box::new(|_| panic!("on purpose")))).expect("sent");
-        assert!(matches!(service.try_send(Message::Add(1)), Err(e) if matches!(e.error, ServiceError::Full { .. })));
-        thread::scope(|s| {
-            let waiting = [
-                s.spawn(|| service.send(Message::Add(1)).map_err(|e| e.error)),
-                s.spawn(|| service.call(Message::Sum).map(drop)),
-                s.spawn(|| service.flush()),
-            ];
-            drive::a_while();
-            drop(go);
-            for (i, thread) in waiting.into_iter().enumerate() {
-                let end = thread.join().expect("no panic");
-                // One of them found room before the panic.
-                let sent = i == 0 && end.is_ok();
-                let told = matches!(end, Err(ServiceError::Panicked { .. }));
-                assert!(sent || told, "{i}: {end:?}");
-            }
-        });
+        for _ in 0..100 {
+            let service = builder(OnChild::Restart).capacity(1).start(handle).expect("a thread");
+            let go = keep_busy(&service);
+            let panics = |_: &mut u64| std::panic::resume_unwind(Box::new("on purpose"));
+            service.send(Message::Do(Box::new(panics))).expect("sent");
+            assert!(
+                matches!(service.try_send(Message::Add(1)), Err(e) if matches!(e.error, ServiceError::Full { .. }))
+            );
+            thread::scope(|s| {
+                let waiting = [
+                    s.spawn(|| service.send(Message::Add(1)).map_err(|e| e.error)),
+                    s.spawn(|| service.call(Message::Sum).map(drop)),
+                    s.spawn(|| service.flush()),
+                ];
+                thread::sleep(drive::MS);
+                drop(go);
+                for (i, thread) in waiting.into_iter().enumerate() {
+                    let end = thread.join().expect("no panic");
+                    let sent = i == 0 && end.is_ok();
+                    let told = matches!(end, Err(ServiceError::Panicked { .. }));
+                    assert!(sent || told, "{i}: {end:?}");
+                }
+            });
+        }
+    });
+}
+
+/// The same where it is stopped.
+#[test]
+fn stopped_while_others_wait() {
+    isolated("stopped_while_others_wait", 60, || {
+        for i in 0..200 {
+            let service = builder(OnChild::Restart).capacity(1 + i % 3).start(handle).expect("a thread");
+            thread::scope(|s| {
+                let send = || while service.send(Message::Add(1)).is_ok() {};
+                let call = || while service.call(Message::Sum).is_ok() {};
+                let flush = || while service.flush().is_ok() {};
+                let threads = [s.spawn(send), s.spawn(call), s.spawn(call), s.spawn(flush), s.spawn(flush)];
+                service.stop().expect("no panic");
+                for thread in threads {
+                    thread.join().expect("no panic");
+                }
+            });
+            assert!(matches!(service.flush(), Err(ServiceError::Stopped { .. })));
+        }
     });
 }
 

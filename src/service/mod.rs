@@ -231,7 +231,8 @@ impl<M: Send + 'static> Service<M> {
         self.check_other_thread(line)?;
         let (reply, answer) = Reply::new();
         self.put(line, Item::Message(message(reply)), true).map_err(|(_, error)| error)?;
-        answer.recv().map_err(|_| self.inner.control.ended().unwrap_or(ServiceError::NoReply { service: self.name() }))
+        self.wait(line, &answer)
+            .ok_or_else(|| self.inner.control.ended().unwrap_or(ServiceError::NoReply { service: self.name() }))
     }
 
     /// Returns when all that this process sent before has been handled, and [`ServiceBuilder::every`]'s function has run after it.
@@ -250,7 +251,7 @@ impl<M: Send + 'static> Service<M> {
         self.check_other_thread(line)?;
         let (done, flushed) = crossbeam_channel::bounded(1);
         self.put(line, Item::Flush(done), true).map_err(|(_, error)| error)?;
-        flushed.recv().map_err(|_| self.inner.control.gone())
+        self.wait(line, &flushed).ok_or_else(|| self.inner.control.gone())
     }
 
     /// Ends the service: what was sent before is handled, [`ServiceBuilder::every`]'s function runs once more, the state is dropped on
@@ -298,6 +299,16 @@ impl<M: Send + 'static> Service<M> {
             }
             Err(TrySendError::Full(item)) => Err((item, ServiceError::Full { service })),
             Err(TrySendError::Disconnected(item)) => Err((item, self.inner.control.gone())),
+        }
+    }
+
+    /// Waits for the thread's answer or its end. An item that a sender queued as the thread ended is not dropped with the receiver
+    /// (a bounded channel keeps it until the last sender goes), so the answer's end alone might never come.
+    fn wait<R>(&self, line: &Line<M>, answer: &Receiver<R>) -> Option<R> {
+        crossbeam_channel::select! {
+            recv(answer) -> answer => answer.ok(),
+            // What it said before its end counts.
+            recv(line.end) -> _ => answer.try_recv().ok(),
         }
     }
 

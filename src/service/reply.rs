@@ -7,7 +7,7 @@ use std::fmt;
 /// How a handler answers a [`Service::call`](crate::Service::call); dropping it unanswered is
 /// [`ServiceError::NoReply`](crate::ServiceError::NoReply) there.
 ///
-/// It may be kept and answered later, from any thread. In a child it answers nobody: who called is in the parent.
+/// It may be kept and answered later, from any thread, as long as the service runs. In a child it answers nobody: who called is in the parent.
 pub struct Reply<R> {
     /// Taken when answered or dropped.
     caller: Option<Sender<R>>,

@@ -60,7 +60,9 @@ impl<S, M> Worker<S, M> {
         let Worker { received, state, control, .. } = self;
         let dropped = catch_unwind(AssertUnwindSafe(|| {
             let _note = NotePanic(&control);
-            // Messages that came too late, and the state, may panic when they are dropped.
+            // Messages that came too late, and the state, may panic when they are dropped. The channel would keep the former as
+            // long as the service.
+            while received.try_recv().is_ok() {}
             drop(received);
             state.end();
         }));
