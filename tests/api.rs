@@ -6,11 +6,11 @@
     clippy::type_complexity
 )]
 
-#[allow(clippy::wildcard_imports)]
-use carefork::*;
 use carefork::audit::{Care, Descriptor, Fate, Kind};
 use carefork::report::{CareFdEntry, HookEntry, RegionEntry};
 use carefork::stdio::{Stream, Waiting};
+#[allow(clippy::wildcard_imports)]
+use carefork::*;
 use std::cell::Cell;
 use std::error::Error;
 use std::fmt::Debug;
