@@ -3,7 +3,7 @@
 #![allow(unsafe_code)]
 
 use crate::error::NotAChild;
-use crate::{care_table, hook, runtime};
+use crate::{care_table, registration, runtime};
 use std::os::fd::RawFd;
 
 /// What a clean-up did.
@@ -50,6 +50,6 @@ pub(crate) fn run(keep: &[RawFd]) -> Cleanup {
         return Cleanup { already: true, ..Cleanup::default() };
     }
     let (closed, kept) = care_table::clean_up(keep);
-    let (hooks, panicked) = hook::clean_up();
+    let (hooks, panicked) = registration::clean_up();
     Cleanup { closed, kept, hooks, panicked, already: false }
 }

@@ -1,5 +1,7 @@
 //! Text for a terminal: in columns, and without what would move its cursor.
 
+use std::time::Duration;
+
 /// No line of a table is longer.
 pub(crate) const COLUMNS: usize = 100;
 
@@ -41,9 +43,37 @@ pub(crate) fn shorten(text: &str, columns: usize) -> String {
     head.iter().chain(&['.'; 3]).chain(tail.iter().rev()).collect()
 }
 
+/// A duration as ss(8) would say it, in at most eight characters: three digits and a unit.
+pub(crate) fn span(d: Duration) -> String {
+    let ns = d.as_nanos();
+    let (whole, unit) = match ns {
+        0 => return "0".to_owned(),
+        1..1_000 => return format!("{ns} ns"),
+        1_000..1_000_000 => (1e3, "us"),
+        1_000_000..1_000_000_000 => (1e6, "ms"),
+        _ => (1e9, "s"),
+    };
+    let value = ns as f64 / whole;
+    // By what will be shown: 9.996 is 10.0.
+    let digits = if value < 9.995 { 2 } else { usize::from(value < 99.95) };
+    format!("{value:.digits$} {unit}")
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn spans_have_three_digits() {
+        let shown = |ns| span(Duration::from_nanos(ns));
+        let all =
+            [0, 7, 999, 1_000, 9_994, 9_996, 99_940, 99_960, 999_400, 3_400_000, 12_345_678_900, 90_000_000_000_000];
+        let golden = [
+            "0", "7 ns", "999 ns", "1.00 us", "9.99 us", "10.0 us", "99.9 us", "100 us", "999 us", "3.40 ms", "12.3 s",
+            "90000 s",
+        ];
+        assert_eq!(all.map(shown), golden);
+    }
 
     #[test]
     fn the_middle_is_left_out() {

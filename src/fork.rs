@@ -91,7 +91,7 @@ impl ForkOptions<'_> {
             count().refused.fetch_add(1, Relaxed);
         }
         if runtime::hooks().has_leftovers() && !matches!(outcome, Ok(Fork::Child(_))) {
-            crate::hook::tidy();
+            crate::registration::tidy();
         }
         outcome
     }

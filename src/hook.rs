@@ -1,16 +1,15 @@
-//! Hooks: what a subsystem wants done around a fork, for the locks that carefork cannot see into (H1-H4).
+//! Hooks: what a subsystem wants done around a fork, for the locks that carefork cannot see into, and how a fork calls them (H1-H4).
 
 use crate::durations::Clocked;
 use crate::error::{Report, Text};
-use crate::hook_list::{self, Node, Step};
+use crate::hook_list::{HookList, Step};
 use crate::prepare::{Hooks, How};
-use crate::runtime::{self, gate, hooks};
 use crate::{clock, sys};
 use std::borrow::Cow;
 use std::fmt;
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, AtomicU32, Ordering};
+use std::sync::atomic::{AtomicBool, Ordering};
 
 type Call = Box<dyn Fn() + Send + Sync>;
 type Trial = Box<dyn Fn() -> Result<(), Veto> + Send + Sync>;
@@ -112,12 +111,12 @@ pub struct Hook {
     parent: Option<Call>,
     prepare: Prepare,
     undo: Option<Call>,
-    name: &'static str,
-    rank: i32,
+    pub(crate) name: &'static str,
+    pub(crate) rank: i32,
     /// Shared, so that a clean-up can run it without the list.
-    cleanup: Option<Arc<dyn Fn() + Send + Sync>>,
+    pub(crate) cleanup: Option<Arc<dyn Fn() + Send + Sync>>,
     /// What its prepare took, where that was worth a page that the fork would copy.
-    waited: Clocked,
+    pub(crate) waited: Clocked,
 }
 
 impl fmt::Debug for Hook {
@@ -205,9 +204,6 @@ impl Hook {
     }
 }
 
-/// What the list holds.
-pub(crate) type Registered = Hook;
-
 /// With more hooks than this none is timed: reading the clock would cost as much as calling them.
 pub(crate) const TIMED: u32 = 64;
 /// A prepare that took less than this many ns has waited for nothing.
@@ -220,73 +216,6 @@ impl Hook {
             self.waited.note(ns);
         }
     }
-}
-
-/// Keeps a hook registered; dropping it takes the hook out (H1).
-///
-/// Dropping waits while a fork has the hook in its hands, from its prepare to the return of its undo, parent or child, and
-/// asks a fork that has not committed to undo. Afterwards the hook is not called again. So it must not be dropped while
-/// holding a lock that one of the hook's functions takes. Inside a hook it only marks.
-///
-/// `mem::forget` it to keep the hook for the life of the process.
-#[must_use = "dropping a registration takes the hook out again"]
-pub struct Registration {
-    node: *const Node<Registered>,
-    name: &'static str,
-}
-
-// SAFETY: `leave` may be called from any thread; the node is shared state of the list, not of a thread.
-#[allow(unsafe_code)]
-unsafe impl Send for Registration {}
-// SAFETY: a shared Registration offers nothing.
-#[allow(unsafe_code)]
-unsafe impl Sync for Registration {}
-
-impl fmt::Debug for Registration {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.debug_struct("Registration").field("hook", &self.name).finish_non_exhaustive()
-    }
-}
-
-/// Registers a hook: it takes part in every fork that begins from now on, coordinated or foreign.
-///
-/// Waits for nobody, also when called inside a hook or while another thread forks.
-pub fn register(hook: Hook) -> Registration {
-    static SEQUENCE: AtomicU32 = AtomicU32::new(1);
-    let name = hook.name;
-    let key = hook_list::key(hook.rank, SEQUENCE.fetch_add(1, Ordering::Relaxed));
-    runtime::generation();
-    let registration = Registration { node: hooks().join(key, hook), name };
-    tidy();
-    registration
-}
-
-impl Drop for Registration {
-    fn drop(&mut self) {
-        let inside = runtime::in_fork();
-        // SAFETY: `node` is from `join` of this list, and this is its only leave.
-        #[allow(unsafe_code)]
-        unsafe {
-            hooks().leave(self.node, !inside);
-        }
-        tidy();
-    }
-}
-
-/// Links newcomers, unlinks and frees those who left, unless a fork is under way, which will do it.
-pub(crate) fn tidy() {
-    let me = runtime::me();
-    if runtime::in_fork() || me.is_forking() {
-        return;
-    }
-    // A signal handler that forks would wait for the role that this thread holds.
-    let mask = sys::block_all();
-    if gate().try_role(me) {
-        hooks().settle();
-        gate().drop_role(me);
-    }
-    sys::set_mask(&mask);
-    hooks().collect();
 }
 
 /// What to call after prepare.
@@ -314,21 +243,22 @@ const PAUSES: (u64, u64) = (20_000, 1_000_000);
 
 /// Prepares one hook. Runs in the prepare handler; allocates nothing unless the hook panics.
 pub(crate) fn prepare(
-    hook: &Registered,
+    hooks: &HookList<Hook>,
+    hook: &Hook,
     how: How,
     coordinated: bool,
     report: &mut Report,
     vetoed: &mut bool,
     end: &mut Hooks,
 ) -> Step {
-    if hooks().is_left() {
+    if hooks.is_left() {
         *end = Hooks::Unregistering;
         return Step::Stop;
     }
     let refusal = match &hook.prepare {
         Prepare::Nothing => return Step::Prepared,
         Prepare::Lock(lock) => {
-            if take(&lock.lock, how) {
+            if take(hooks, &lock.lock, how) {
                 lock.taken.store(true, Ordering::Relaxed);
                 return Step::Prepared;
             }
@@ -371,14 +301,14 @@ pub(crate) fn prepare(
 /// Its own wait would be fairer, but most locks offer none with an end, and the budget is a promise (G6). A lock that others
 /// take again and again is free for an instant at a time, while its holder runs: so it is tried many times in a row, about a
 /// tenth of the time, not once a pause.
-fn take(lock: &dyn Foreign, how: How) -> bool {
+fn take(hooks: &HookList<Hook>, lock: &dyn Foreign, how: How) -> bool {
     let mut tries = TRIES.0;
     if take_soon(lock, tries) {
         return true;
     }
     let How::Wait(until) = how else { return false };
     let mut pause = PAUSES.0;
-    while !hooks().is_left() && clock::now() < until {
+    while !hooks.is_left() && clock::now() < until {
         sys::sleep(pause);
         if take_soon(lock, tries) {
             return true;
@@ -399,8 +329,8 @@ fn take_soon(lock: &dyn Foreign, tries: u32) -> bool {
     false
 }
 
-/// Calls a hook after prepare; a panic is reported on fd 2 and goes no further.
-pub(crate) fn call(hook: &Registered, phase: Phase) {
+/// Calls a hook after prepare; a panic is reported on fd 2 and goes no further. False if there was no room for that.
+pub(crate) fn call(hook: &Hook, phase: Phase) -> bool {
     let f = match phase {
         Phase::Undo => hook.undo.as_ref().or(hook.parent.as_ref()),
         Phase::Parent => hook.parent.as_ref(),
@@ -409,75 +339,24 @@ pub(crate) fn call(hook: &Registered, phase: Phase) {
     if let Some(f) = f
         && let Err(payload) = catch_unwind(AssertUnwindSafe(f))
     {
-        panicked(hook.name, phase, payload);
+        return panicked(hook.name, phase, payload);
     }
+    true
 }
 
 /// Apart from `call`, for its buffers: a frame that large would have the child copy another page of its stack.
 #[cold]
 #[inline(never)]
-fn panicked(hook: &str, phase: Phase, payload: Box<dyn std::any::Any + Send>) {
-    say_panic(hook, phase.name(), &message(&*payload));
+fn panicked(hook: &str, phase: Phase, payload: Box<dyn std::any::Any + Send>) -> bool {
+    let said = say_panic(hook, phase.name(), &message(&*payload));
     // As in `prepare`.
     #[allow(clippy::mem_forget)]
     std::mem::forget(payload);
+    said
 }
 
-/// Runs the clean-ups in a noexec child, by falling rank; how many, and how many of them panicked.
-pub(crate) fn clean_up() -> (usize, usize) {
-    if hooks().is_empty() || runtime::is_off() {
-        return (0, 0);
-    }
-    let me = runtime::me();
-    let mut found = Vec::new();
-    let mask = sys::block_all();
-    // The child's own threads may be registering; a fork by one of them runs no clean-up, so missing it here loses nothing.
-    while !gate().try_role(me) {
-        sys::yield_now();
-    }
-    hooks().each_living(|h| found.extend(h.cleanup.as_ref().map(|f| (h.name, Arc::clone(f)))));
-    gate().drop_role(me);
-    sys::set_mask(&mask);
-    let mut panicked = 0;
-    for (name, f) in &found {
-        if let Err(payload) = catch_unwind(AssertUnwindSafe(&**f)) {
-            panicked += 1;
-            say_panic(name, b"cleanup", &message(&*payload));
-        }
-    }
-    (found.len(), panicked)
-}
-
-/// How often `list` asks for the hooks, and its rest in between, in ns.
-const ASKS: (u32, u64) = (50, 100_000);
-
-/// Names and ranks in the order of prepare; `None` if a fork has the hooks in its hands and does not let go of them soon.
-pub(crate) fn list() -> Option<Vec<(&'static str, i32)>> {
-    let me = runtime::me();
-    if runtime::in_fork() || me.is_forking() {
-        return None;
-    }
-    for _ in 0..ASKS.0 {
-        let mut found = Vec::new();
-        // As in `tidy`, which has the role for an instant too.
-        let mask = sys::block_all();
-        let ours = gate().try_role(me);
-        if ours {
-            hooks().each_living(|h| found.push((h.name, h.rank)));
-            gate().drop_role(me);
-        }
-        sys::set_mask(&mask);
-        if ours {
-            hooks().collect();
-            found.reverse();
-            return Some(found);
-        }
-        sys::sleep(ASKS.1);
-    }
-    None
-}
-
-fn say_panic(hook: &str, phase: &[u8], message: &Text) {
+/// One line on fd 2; false if there is no room for it.
+pub(crate) fn say_panic(hook: &str, phase: &[u8], message: &Text) -> bool {
     let mut line = Text::new();
     line.push(b"carefork: hook ");
     line.push(hook.as_bytes());
@@ -486,9 +365,7 @@ fn say_panic(hook: &str, phase: &[u8], message: &Text) {
     line.push(b": ");
     line.push(message.as_bytes());
     line.push(b"\n");
-    if !sys::say(line.as_bytes()) {
-        runtime::count().unreported.fetch_add(1, Ordering::Relaxed);
-    }
+    sys::say(line.as_bytes())
 }
 
 /// The text of a panic, without allocation.

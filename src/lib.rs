@@ -43,6 +43,7 @@ mod verdict;
 // register
 mod hook;
 mod runtime;
+mod registration;
 mod region;
 mod carefd;
 mod adapters;
@@ -74,12 +75,13 @@ pub use cleanup::{Cleanup, postfork_child_noexec};
 pub use durations::Durations;
 pub use error::{Culprit, Culprits, ForkError, NotAChild};
 pub use fork::{Fork, fork, spawn};
-pub use hook::{Hook, Registration, Veto, register};
+pub use hook::{Hook, Veto};
 pub use in_child::InChild;
 pub use lineage::{Lineage, Stats, fork_generation, lineage, set_foreign_budget, stats};
 pub use locks::*;
 pub use options::ForkOptions;
 pub use region::{NoForking, force_unlock, no_forking, try_no_forking};
+pub use registration::{Registration, register};
 pub use report::{Report, report};
 #[cfg(feature = "service")]
 pub use service::{OnChild, Reply, SendError, Service, ServiceBuilder, ServiceError};

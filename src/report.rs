@@ -5,9 +5,11 @@
 
 use crate::audit::{self, Kind};
 use crate::carefd::OnFork;
-use crate::columns::{COLUMNS, printable, shorten};
+use crate::columns::{COLUMNS, printable, shorten, span};
+use crate::durations::Durations;
 use crate::lineage::{Lineage, Stats, lineage, stats};
-use crate::{hook, runtime};
+use crate::stdio::{self, Waiting};
+use crate::{registration, runtime};
 use std::fmt;
 use std::os::fd::RawFd;
 use std::panic::Location;
@@ -27,7 +29,8 @@ pub fn report() -> Report {
     let lineage = lineage();
     // Before anything that opens something, which is a region of its own.
     let regions = regions();
-    Report { pid: std::process::id(), lineage, regions, hooks: hooks(), care_fds: care_fds(), stats: stats() }
+    let waiting = stdio::waiting();
+    Report { pid: std::process::id(), lineage, regions, hooks: hooks(), waiting, care_fds: care_fds(), stats: stats() }
 }
 
 /// What [`report`] found. Shows itself as tables of at most 100 columns.
@@ -40,6 +43,8 @@ pub struct Report {
     pub lineage: Lineage,
     /// The hooks in the order in which a fork prepares them. `None` while a fork is in progress, which has them in its hands.
     pub hooks: Option<Vec<HookEntry>>,
+    /// The fork that waits for a thread that is stuck printing, if one does.
+    pub waiting: Option<Waiting>,
     /// The threads that are in regions or hold carefork's locks: the ones a fork would wait for now.
     pub regions: Vec<RegionEntry>,
     /// The registered descriptors, rising.
@@ -56,6 +61,9 @@ pub struct HookEntry {
     pub rank: i32,
     /// Its name.
     pub name: &'static str,
+    /// What its prepare took, those times that it took a microsecond or more: waiting for its lock. Not timed in a process with
+    /// more than 64 hooks.
+    pub waited: Durations,
 }
 
 /// A thread in a region.
@@ -89,7 +97,7 @@ pub struct CareFdEntry {
 }
 
 fn hooks() -> Option<Vec<HookEntry>> {
-    Some(hook::list()?.into_iter().map(|(name, rank)| HookEntry { rank, name }).collect())
+    Some(registration::list()?.into_iter().map(|(name, rank, waited)| HookEntry { rank, name, waited }).collect())
 }
 
 fn regions() -> Vec<RegionEntry> {
@@ -127,9 +135,24 @@ impl Report {
     fn show_stats(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         let s = &self.stats;
         writeln!(f, "forks: {} own, {} by foreign code, {} refused", s.forks, s.foreign, s.refused)?;
-        let (dirty, inside, away) = (s.dirty, s.in_region, s.thrown_away);
-        writeln!(f, "       {dirty} dirty, {inside} inside a region, {away} children thrown away")?;
-        writeln!(f, "gate: {} times reopened by a waiter; {} lines on fd 2 dropped", s.reopened, s.unreported)
+        let (dirty, late, inside, away) = (s.dirty, s.late, s.in_region, s.thrown_away);
+        writeln!(f, "       {dirty} dirty, {late} late, {inside} inside a region, {away} children thrown away")?;
+        writeln!(f, "gate: {} times reopened by a waiter; {} lines on fd 2 dropped", s.reopened, s.unreported)?;
+        writeln!(
+            f,
+            "{:<16} {:>9} {:>8} {:>8} {:>8} {:>8}",
+            "forks waited for", "TIMES", "MEDIAN", "P99", "LONGEST", "TOTAL"
+        )?;
+        for (what, d) in
+            [("  other forks", s.turns), ("  regions", s.regions), ("  hooks", s.hooks), ("  the copy", s.copying)]
+        {
+            let [median, p99, longest, total] = [d.median, d.p99, d.longest, d.total].map(span);
+            writeln!(f, "{what:<16} {:>9} {median:>8} {p99:>8} {longest:>8} {total:>8}", d.count)?;
+        }
+        match &self.waiting {
+            Some(waiting) => writeln!(f, "now: {waiting}"),
+            None => Ok(()),
+        }
     }
 
     fn show_hooks(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
@@ -138,10 +161,12 @@ impl Report {
         };
         writeln!(f, "hooks: {}", hooks.len())?;
         if !hooks.is_empty() {
-            writeln!(f, "{:>11} NAME", "RANK")?;
+            writeln!(f, "{:>11} {:>9} {:>8} {:>8} NAME", "RANK", "WAITED", "LONGEST", "TOTAL")?;
         }
         for h in hooks {
-            writeln!(f, "{:>11} {}", h.rank, shorten(&printable(h.name), COLUMNS - 12))?;
+            let (longest, total) = (span(h.waited.longest), span(h.waited.total));
+            let head = format!("{:>11} {:>9} {longest:>8} {total:>8} ", h.rank, h.waited.count);
+            writeln!(f, "{head}{}", shorten(&printable(h.name), COLUMNS - head.len()))?;
         }
         Ok(())
     }

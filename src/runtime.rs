@@ -9,7 +9,7 @@ use crate::care_table;
 use crate::durations::Clocked;
 use crate::error::Report;
 use crate::gate::{Busy, FIRST_BOUND, Gate, Slot, VACANT};
-use crate::hook::{self, Phase, Registered};
+use crate::hook::{self, Hook, Phase};
 use crate::hook_list::HookList;
 use crate::prepare::{self, Hooks, How, Outcome, Plan, Steps, Wait};
 use crate::print_wait::{self, WaitWord};
@@ -27,7 +27,7 @@ use Ordering::{AcqRel, Acquire, Relaxed, Release};
 /// at a microsecond or more each. The gate's first seats come last and share the first page.
 #[repr(C, align(4096))]
 struct State {
-    hooks: HookList<Registered>,
+    hooks: HookList<Hook>,
     /// Points to the word that the kernel zeroes in a child (G10): 1 where this process is the one it was set in. Until
     /// the start it points to a 0 of ours, so that one comparison finds both.
     alive: AtomicPtr<AtomicU32>,
@@ -229,7 +229,7 @@ pub(crate) fn gate() -> &'static Gate<SlotTable> {
 }
 
 #[inline(always)]
-pub(crate) fn hooks() -> &'static HookList<Registered> {
+pub(crate) fn hooks() -> &'static HookList<Hook> {
     &STATE.hooks
 }
 
@@ -582,7 +582,7 @@ impl Steps for Handlers<'_> {
         let timed = STATE.hooks.len() <= hook::TIMED;
         let mut now = clock::now();
         let all = STATE.hooks.prepare(|h| {
-            let step = hook::prepare(h, how, self.coordinated, self.report, &mut self.vetoed, &mut end);
+            let step = hook::prepare(&STATE.hooks, h, how, self.coordinated, self.report, &mut self.vetoed, &mut end);
             if timed {
                 let begun = std::mem::replace(&mut now, clock::now());
                 h.took(now.saturating_sub(begun));
@@ -600,7 +600,7 @@ impl Steps for Handlers<'_> {
     }
 
     fn undo(&mut self) {
-        STATE.hooks.finish(|h| hook::call(h, Phase::Undo));
+        finish_hooks(Phase::Undo);
     }
 
     fn waited(&mut self, what: Wait, ns: u64) {
@@ -611,6 +611,14 @@ impl Steps for Handlers<'_> {
         }
         .note(ns);
     }
+}
+
+fn finish_hooks(phase: Phase) {
+    STATE.hooks.finish(|h| {
+        if !hook::call(h, phase) {
+            STATE.count.unreported.fetch_add(1, Relaxed);
+        }
+    });
 }
 
 /// Shuts the gate and prepares the hooks, for coordinated and foreign forks alike (G2).
@@ -723,7 +731,7 @@ extern "C" fn on_parent() {
     if let Stage::Committed(shut) = stage {
         STATE.waited.fork.note(clock::now().saturating_sub(passage.begun));
         let phase = if has_failed(errno) { Phase::Undo } else { Phase::Parent };
-        STATE.hooks.finish(|h| hook::call(h, phase));
+        finish_hooks(phase);
         ours = STATE.gate.reopen(shut);
         if !ours {
             STATE.gate.was_reopened(shut);
@@ -826,7 +834,7 @@ fn become_child(passage: &mut Passage) {
     }
     if hooks {
         STATE.hooks.forget_waiters();
-        STATE.hooks.finish(|h| hook::call(h, Phase::Child));
+        finish_hooks(Phase::Child);
     } else {
         STATE.hooks.reset();
     }

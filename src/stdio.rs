@@ -33,7 +33,8 @@
 #[cfg(doc)]
 use crate::Culprits;
 use crate::error::Text;
-use crate::hook::{self, Hook, Registration};
+use crate::hook::{self, Hook};
+use crate::registration::{self, Registration};
 use crate::{clock, print_wait, region, runtime, sys};
 use std::cell::{Cell, UnsafeCell};
 use std::io::{self, StderrLock, StdoutLock, Write};
@@ -74,7 +75,7 @@ pub fn guard() -> Registration {
     panics_by_write();
     let streams = Arc::new(Streams { held: UnsafeCell::new(None), unflushed: Cell::new(false) });
     let (in_parent, in_child) = (Arc::clone(&streams), Arc::clone(&streams));
-    hook::register(
+    registration::register(
         Hook::new(print_wait::HOOK)
             .rank(i32::MAX)
             .prepare(move || streams.take())

@@ -7,6 +7,7 @@ mod kit;
 
 use carefork::audit::Kind;
 use carefork::report::{CareFdEntry, HookEntry};
+use carefork::testing::advance;
 use carefork::{CareFd, Fork, Hook, Mutex, OnFork, Report, force_unlock, no_forking, register, report};
 use common::{check, isolated};
 use kit::{InRegion, code};
@@ -15,6 +16,7 @@ use std::os::fd::AsRawFd;
 use std::sync::atomic::{AtomicBool, Ordering::SeqCst};
 use std::sync::{Arc, mpsc};
 use std::thread;
+use std::time::Duration;
 
 fn names(report: &Report) -> Vec<(i32, &'static str)> {
     let hooks = report.hooks.as_ref().expect("no fork is in progress");
@@ -201,7 +203,10 @@ fn a_dirty_fork_names_the_culprit() {
 #[test]
 fn the_report_reads_well() {
     isolated("the_report_reads_well", 20, || {
-        let hooks = [Hook::new("database").rank(-5), Hook::new("h".repeat(120).leak()).rank(i32::MIN)].map(register);
+        advance(Duration::ZERO);
+        let slow = || advance(Duration::from_micros(3_400));
+        let hooks = [Hook::new("database").rank(-5).prepare(slow), Hook::new("h".repeat(120).leak()).rank(i32::MIN)]
+            .map(register);
         let files = [
             CareFd::open(|| File::open("/dev/null")).expect("open"),
             CareFd::open_on(OnFork::Close, || File::open("/etc/passwd")).expect("open"),
@@ -249,12 +254,17 @@ fn a_name_moves_no_cursor() {
 const GOLDEN: &str = "\
 carefork in process PID: generation 0
 forks: 1 own, 0 by foreign code, 0 refused
-       0 dirty, 0 inside a region, 0 children thrown away
+       0 dirty, 0 late, 0 inside a region, 0 children thrown away
 gate: 0 times reopened by a waiter; 0 lines on fd 2 dropped
+forks waited for     TIMES   MEDIAN      P99  LONGEST    TOTAL
+  other forks            1        0        0        0        0
+  regions                1        0        0        0        0
+  hooks                  1  3.40 ms  3.40 ms  3.40 ms  3.40 ms
+  the copy               1        0        0        0        0
 hooks: 2
-       RANK NAME
--2147483648 hhhhhhhhhhhhhhhhhhhhhhhhhhhhhhhhhhhhhhhhhh...hhhhhhhhhhhhhhhhhhhhhhhhhhhhhhhhhhhhhhhhhhh
-         -5 database
+       RANK    WAITED  LONGEST    TOTAL NAME
+-2147483648         0        0        0 hhhhhhhhhhhhhhhhhhhhhhhhhhhh...hhhhhhhhhhhhhhhhhhhhhhhhhhhhh
+         -5         1  3.40 ms  3.40 ms database
 threads in regions: 1
         TID NAME            REGIONS LOCKS SINCE
         TID 長い名前で            1     0 FILE:LINE

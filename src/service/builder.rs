@@ -2,8 +2,9 @@
 
 use super::worker::{State, Worker};
 use super::{Control, Inner, Line, RUNNING, Service, ServiceError};
-use crate::hook::{self, Hook};
+use crate::hook::Hook;
 use crate::locks::{Mutex, Own};
+use crate::registration::register;
 use crate::{region, runtime};
 use crossbeam_channel::bounded;
 use std::fmt;
@@ -150,7 +151,7 @@ impl<S: Send + 'static> ServiceBuilder<S> {
         })?;
         let registration = eager.then(|| {
             let known = Arc::downgrade(&inner);
-            hook::register(Hook::new(inner.control.name).cleanup(move || {
+            register(Hook::new(inner.control.name).cleanup(move || {
                 let Some(inner) = known.upgrade() else { return };
                 if let Err(e @ (ServiceError::Os { .. } | ServiceError::StateLost { .. })) = inner.line() {
                     panic!("{e}");

@@ -13,8 +13,8 @@ pub use builder::{OnChild, ServiceBuilder};
 pub use error::{SendError, ServiceError};
 pub use reply::Reply;
 
-use crate::hook::Registration;
 use crate::locks::{Mutex, Own};
+use crate::registration::Registration;
 use crate::runtime;
 use crossbeam_channel::{Receiver, Sender, TrySendError};
 use std::convert::Infallible;
