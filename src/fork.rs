@@ -13,6 +13,7 @@ use crate::{care_table, clock, stdio, sys};
 use std::io::Write;
 use std::os::fd::{AsRawFd, IntoRawFd};
 use std::panic::{AssertUnwindSafe, catch_unwind};
+use std::sync::OnceLock;
 use std::sync::atomic::Ordering::Relaxed;
 
 /// The two sides of a fork.
@@ -124,6 +125,9 @@ impl ForkOptions<'_> {
         if stdio::is_guarded() {
             // Nobody to tell: a closed standard output loses what was printed to it, as in any program.
             drop(catch_unwind(|| std::io::stdout().flush()));
+        }
+        if let Some(f) = AT_CHILD_END.get() {
+            drop(catch_unwind(f));
         }
         sys::exit_now(code.unwrap_or_else(|payload| {
             // Its destructor may panic in turn, and would unwind the parent's frames.
@@ -237,6 +241,15 @@ impl ForkOptions<'_> {
         }
         InChild::new(ready.keep)
     }
+}
+
+/// What a child of `spawn` does last: `_exit` runs no atexit handler.
+static AT_CHILD_END: OnceLock<fn()> = OnceLock::new();
+
+/// Has `f` called at the end of each child of `spawn`; the first to ask is the one.
+#[cfg(feature = "log")]
+pub(crate) fn at_child_end(f: fn()) {
+    let _ = AT_CHILD_END.set(f);
 }
 
 /// When a fork that gets nowhere lets go of what other libraries' handlers took for it: half way through what is left of its

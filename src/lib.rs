@@ -27,6 +27,8 @@
 mod sys;
 mod sys_close;
 mod sys_socket;
+#[cfg(feature = "log")]
+mod sys_write;
 mod clock;
 mod sync;
 // state
@@ -62,6 +64,10 @@ mod fork;
 // subsystems
 #[cfg(feature = "service")]
 mod service;
+#[cfg(feature = "log")]
+pub mod log;
+#[cfg(feature = "tracing")]
+pub mod tracing;
 // seeing
 mod lineage;
 mod columns;

@@ -1,0 +1,364 @@
+//! The logger: which process a record belongs to, and where that process writes.
+
+use super::builder::WhenFull;
+use super::line::{self, Style};
+use super::output::{self, Output, Sink};
+use super::queue::{Losses, Message, Offer, Queue, Worker};
+use crate::{OnceLock, RwLock, fork_generation};
+use std::fmt;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering::Acquire, Ordering::Release};
+
+/// A logger for the `log` facade, made by a [`Builder`](super::Builder). Clones are the same logger.
+///
+/// See the [module](super) for who writes where, and what a fork does to it: nothing.
+///
+/// ```
+/// use carefork::log::{Builder, Output};
+/// use ::log::Log;
+/// let lines = std::sync::Arc::new(std::sync::Mutex::new(Vec::<u8>::new()));
+/// # struct Shared(std::sync::Arc<std::sync::Mutex<Vec<u8>>>);
+/// # impl std::io::Write for Shared {
+/// #     fn write(&mut self, b: &[u8]) -> std::io::Result<usize> { self.0.lock().unwrap().write(b) }
+/// #     fn flush(&mut self) -> std::io::Result<()> { Ok(()) }
+/// # }
+/// let logger = Builder::new().output(Output::writer(Shared(lines.clone()))).build();
+/// logger.log(&log::Record::builder().args(format_args!("ready")).build());
+/// assert!(lines.lock().unwrap().ends_with(b": ready\n"));
+/// ```
+#[derive(Clone)]
+pub struct Logger {
+    inner: Arc<Inner>,
+}
+
+struct Inner {
+    filter: env_filter::Filter,
+    style: Arc<Style>,
+    /// The generation of the process that built it, whose lines carry no mark.
+    home: u64,
+    /// Capacity, and what to do when it is used up.
+    background: Option<(usize, WhenFull)>,
+    /// The generation that `here` belongs to.
+    generation: AtomicU64,
+    here: RwLock<Arc<Here>>,
+}
+
+/// One process's side of it. In a child the parent's is neither used nor dropped.
+struct Here {
+    sink: Arc<Sink>,
+    queue: Option<Queue>,
+    losses: Arc<Losses>,
+    /// Does not wait for a full pipe: a child of a program that chose not to.
+    hurried: bool,
+}
+
+impl Logger {
+    pub(super) fn new(
+        filter: env_filter::Filter,
+        style: Style,
+        output: Output,
+        background: Option<(usize, WhenFull)>,
+    ) -> Logger {
+        let home = fork_generation();
+        let (style, sink) = (Arc::new(style), Arc::new(output.0));
+        let here = Here::new(sink, &style, false, background, Arc::default());
+        let generation = AtomicU64::new(home);
+        Logger { inner: Arc::new(Inner { filter, style, home, background, generation, here: RwLock::new(here) }) }
+    }
+
+    /// Points the log somewhere else, from the next record on.
+    ///
+    /// In a process with a background writer what was logged before still goes to the old output, and nothing is waited for but room
+    /// in the queue. In a child this is how the log gets a place, and a background writer, of its own; until then it
+    /// is fd 2. The parent's output is not touched.
+    ///
+    /// # Panics
+    /// In the child of a dirty fork or a bypass, if a thread that is gone held the logger's state.
+    pub fn set_output(&self, output: Output) {
+        let inner = &*self.inner;
+        let now = fork_generation();
+        let sink = Arc::new(output.0);
+        let mut losses = Arc::default();
+        if inner.generation.load(Acquire) == now {
+            let here = Arc::clone(&inner.here.read());
+            if let Some(queue) = &here.queue
+                && queue.is_started()
+            {
+                queue.send(Message::Turn(sink));
+                return;
+            }
+            losses = Arc::clone(&here.losses);
+        }
+        inner.replace(now, Here::new(sink, &inner.style, now != inner.home, inner.background, losses));
+    }
+
+    /// Returns when every record that was logged before has been written, and an [`Output::writer`] was flushed. In a child that has
+    /// no output of its own there is nothing to wait for.
+    ///
+    /// Written is handed to the kernel: it outlives this process, not a loss of power.
+    pub fn flush(&self) {
+        let inner = &*self.inner;
+        // A writer that flushes the log that it is the writer of would wait for itself.
+        if output::inside() || inner.generation.load(Acquire) != fork_generation() {
+            return;
+        }
+        let here = Arc::clone(&inner.here.read());
+        match &here.queue {
+            Some(queue) if queue.was_started() => queue.flush(),
+            _ => {
+                if let Err(e) = here.sink.flush() {
+                    here.losses.failed(0, &e);
+                }
+            }
+        }
+    }
+
+    /// The most verbose level that any target is logged at.
+    pub fn max_level(&self) -> ::log::LevelFilter {
+        self.inner.filter.filter()
+    }
+}
+
+impl ::log::Log for Logger {
+    fn enabled(&self, metadata: &::log::Metadata<'_>) -> bool {
+        self.inner.filter.enabled(metadata)
+    }
+
+    fn log(&self, record: &::log::Record<'_>) {
+        let inner = &*self.inner;
+        if !inner.filter.matches(record) {
+            return;
+        }
+        let before = fork_generation();
+        line::with_buffer(|line| {
+            let head = inner.style.line(line, before != inner.home, record);
+            // What a record's own `Display` forked is the parent's to write.
+            if fork_generation() == before {
+                inner.put(line, head, before);
+            }
+        });
+    }
+
+    fn flush(&self) {
+        Logger::flush(self);
+    }
+}
+
+impl Inner {
+    /// Hands on one line, in the process of generation `now`.
+    fn put(&self, line: &[u8], head: usize, now: u64) {
+        // What a writer logs must not come back to it; and a child that finds the state held by a ghost goes without.
+        if output::inside() || self.generation.load(Acquire) != now && !self.renew(now) {
+            drop(Sink::Stderr.put_line(line, head, false));
+            return;
+        }
+        let here = self.here.read();
+        let mut waiting = None;
+        if let Some(queue) = &here.queue
+            && queue.is_started()
+        {
+            let head = u32::try_from(head).unwrap_or(u32::MAX);
+            match queue.offer((line.into(), head)) {
+                Offer::Done => return,
+                Offer::Wait(message) => waiting = Some(message),
+            }
+        }
+        let held = Arc::clone(&here);
+        // From here on it may take long, so no region is held.
+        drop(here);
+        match (waiting, &held.queue) {
+            (Some(message), Some(queue)) => queue.send(message),
+            _ => held.put(line, head, &self.style, now != self.home),
+        }
+    }
+
+    /// In a child, at its first record: fd 2, nothing queued. False if that cannot be had for a ghost.
+    #[cold]
+    fn renew(&self, now: u64) -> bool {
+        let Some(mut here) = self.here.try_write() else { return false };
+        if self.generation.load(Acquire) != now {
+            let hurried = self.background.is_some_and(|(_, when_full)| when_full != WhenFull::Block);
+            let fresh = Here { sink: Arc::new(Sink::Stderr), queue: None, losses: Arc::default(), hurried };
+            forget(std::mem::replace(&mut here, Arc::new(fresh)));
+            self.generation.store(now, Release);
+        }
+        true
+    }
+
+    fn replace(&self, now: u64, fresh: Arc<Here>) {
+        let mut here = self.here.write();
+        let old = std::mem::replace(&mut *here, fresh);
+        let stale = self.generation.swap(now, Release) != now;
+        drop(here);
+        if stale {
+            forget(old);
+        }
+    }
+}
+
+/// The parent's half-written buffers, queue and descriptors are not the child's to flush, to wake or to close.
+fn forget(parents: Arc<Here>) {
+    #[allow(clippy::mem_forget)]
+    std::mem::forget(parents);
+}
+
+impl Drop for Inner {
+    fn drop(&mut self) {
+        let now = fork_generation();
+        if *self.generation.get_mut() != now {
+            let nothing = Here { sink: Arc::new(Sink::Stderr), queue: None, losses: Arc::default(), hurried: false };
+            forget(std::mem::replace(self.here.get_mut(), Arc::new(nothing)));
+            return;
+        }
+        if let Some(queue) = &self.here.get_mut().queue
+            && queue.was_started()
+        {
+            queue.flush();
+        }
+    }
+}
+
+impl Here {
+    fn new(
+        sink: Arc<Sink>,
+        style: &Arc<Style>,
+        mark: bool,
+        background: Option<(usize, WhenFull)>,
+        losses: Arc<Losses>,
+    ) -> Arc<Here> {
+        let queue = background.map(|(capacity, when_full)| {
+            let worker =
+                Worker { sink: Arc::clone(&sink), style: Arc::clone(style), mark, losses: Arc::clone(&losses) };
+            Queue::new(capacity, when_full, worker)
+        });
+        Arc::new(Here { sink, queue, losses, hurried: false })
+    }
+
+    fn put(&self, line: &[u8], head: usize, style: &Style, mark: bool) {
+        match self.sink.put_line(line, head, self.hurried) {
+            Ok(()) => self.losses.tell(&self.sink, style, mark, self.hurried),
+            Err(stopped) => self.losses.failed(1, &stopped.why),
+        }
+    }
+}
+
+impl fmt::Debug for Logger {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("Logger").field("filter", &self.inner.filter).finish_non_exhaustive()
+    }
+}
+
+/// The logger of this process, for those who come to it by the facade.
+static INSTALLED: OnceLock<Logger> = OnceLock::new();
+
+/// After the facade took it.
+pub(super) fn installed(logger: &Logger) {
+    if INSTALLED.set(logger.clone()).is_ok() && logger.inner.background.is_some() {
+        crate::sys_write::at_exit(at_exit);
+        crate::fork::at_child_end(flush);
+    }
+}
+
+extern "C" fn at_exit() {
+    // A panic must not leave a C function.
+    drop(std::panic::catch_unwind(flush));
+}
+
+/// [`Logger::flush`] of the logger that [`Builder::init`](super::Builder::init) installed, if there is one.
+pub fn flush() {
+    if let Some(logger) = INSTALLED.get() {
+        logger.flush();
+    }
+}
+
+/// [`Logger::set_output`] of the logger that [`Builder::init`](super::Builder::init) installed.
+///
+/// ```
+/// use carefork::log::{self, Builder, Output};
+/// Builder::new().background(1000).init()?;
+/// # let path = std::env::temp_dir().join(format!("carefork-child-{}.log", std::process::id()));
+/// # let for_child = path.clone();
+/// // SAFETY: the child uses no descriptor of the parent's.
+/// let mut child = unsafe { carefork::spawn(move || {
+///     ::log::info!("this goes to fd 2, marked with my pid");
+///     log::set_output(Output::file(for_child).unwrap()).unwrap();
+///     ::log::info!("this to my own file");
+///     0
+/// }) }?;
+/// assert!(child.wait()?.success());
+/// # assert!(std::fs::read_to_string(&path)?.ends_with("this to my own file\n"));
+/// # std::fs::remove_file(path)?;
+/// # Ok::<(), Box<dyn std::error::Error>>(())
+/// ```
+///
+/// # Errors
+/// [`NoLogger`] if there is none; the output is closed then.
+///
+/// # Panics
+/// As [`Logger::set_output`].
+pub fn set_output(output: Output) -> Result<(), NoLogger> {
+    INSTALLED.get().ok_or(NoLogger { private: () })?.set_output(output);
+    Ok(())
+}
+
+/// No logger of carefork's was installed by [`Builder::init`](super::Builder::init).
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct NoLogger {
+    private: (),
+}
+
+impl fmt::Display for NoLogger {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str("carefork's logger was not installed: Builder::init does that")
+    }
+}
+
+impl std::error::Error for NoLogger {}
+
+/// One record that somebody else formats, tracing-subscriber's `fmt` for example: written as a whole when dropped.
+#[cfg(feature = "tracing")]
+#[derive(Debug)]
+pub struct RecordWriter<'a> {
+    logger: &'a Logger,
+    generation: u64,
+    line: Vec<u8>,
+    head: usize,
+}
+
+#[cfg(feature = "tracing")]
+impl std::io::Write for RecordWriter<'_> {
+    fn write(&mut self, bytes: &[u8]) -> std::io::Result<usize> {
+        self.line.extend_from_slice(bytes);
+        Ok(bytes.len())
+    }
+
+    fn flush(&mut self) -> std::io::Result<()> {
+        Ok(())
+    }
+}
+
+#[cfg(feature = "tracing")]
+impl Drop for RecordWriter<'_> {
+    fn drop(&mut self) {
+        if self.line.len() > self.head && fork_generation() == self.generation {
+            self.logger.inner.put(&self.line, self.head, self.generation);
+        }
+    }
+}
+
+/// Levels and format are tracing-subscriber's, not the logger's filters: only where the lines go, in which process, and the
+/// mark of a child at their head are.
+#[cfg(feature = "tracing")]
+impl<'a> tracing_subscriber::fmt::MakeWriter<'a> for Logger {
+    type Writer = RecordWriter<'a>;
+
+    fn make_writer(&'a self) -> RecordWriter<'a> {
+        let generation = fork_generation();
+        let mut line = Vec::new();
+        if generation != self.inner.home {
+            line::mark(&mut line);
+        }
+        let head = line.len();
+        RecordWriter { logger: self, generation, line, head }
+    }
+}

@@ -1,0 +1,248 @@
+//! The background writer: a queue that belongs to one process, and a thread that starts with the first record.
+//!
+//! A child never sends to its parent's queue, receives from it or drops it: channel and thread are made afresh where they are needed
+//! (receivers that were parked at a fork are ghosts, and waking one hangs). So nothing here needs to be at rest at a fork.
+
+use super::builder::WhenFull;
+use super::line::Style;
+use super::output::{Sink, Stopped};
+use crate::{OnceLock, sys};
+use crossbeam_channel::{Receiver, Sender, TrySendError, bounded, unbounded};
+use std::io;
+use std::panic::{AssertUnwindSafe, catch_unwind};
+use std::sync::Arc;
+use std::sync::atomic::{AtomicI32, AtomicU64, Ordering::Relaxed};
+
+/// A line and the length of its head.
+pub(super) type Record = (Box<[u8]>, u32);
+
+pub(super) enum Message {
+    Record(Record),
+    /// To be answered when everything before it was written.
+    Flush(Sender<()>),
+    /// What comes after this goes there.
+    Turn(Arc<Sink>),
+}
+
+/// What was not written, until a line says so.
+#[derive(Debug, Default)]
+pub(super) struct Losses {
+    full: AtomicU64,
+    failed: AtomicU64,
+    errno: AtomicI32,
+}
+
+impl Losses {
+    pub(super) fn full(&self) {
+        self.full.fetch_add(1, Relaxed);
+    }
+
+    pub(super) fn failed(&self, records: u64, why: &io::Error) {
+        if why.kind() == io::ErrorKind::WouldBlock {
+            self.full.fetch_add(records, Relaxed);
+        } else {
+            self.errno.store(why.raw_os_error().unwrap_or(0), Relaxed);
+            self.failed.fetch_add(records, Relaxed);
+        }
+    }
+
+    /// Tells what was lost, if something was, now that `sink` has taken something.
+    pub(super) fn tell(&self, sink: &Sink, style: &Style, mark: bool, hurried: bool) {
+        if self.full.load(Relaxed) == 0 && self.failed.load(Relaxed) == 0 {
+            return;
+        }
+        let failure = match self.errno.load(Relaxed) {
+            0 => "the writer failed".to_owned(),
+            errno => io::Error::from_raw_os_error(errno).to_string(),
+        };
+        let tell = |count: &AtomicU64, why: &dyn std::fmt::Display| {
+            let n = count.swap(0, Relaxed);
+            let mut line = Vec::new();
+            style.loss(&mut line, mark, n, why);
+            if n > 0 && sink.put(&line, hurried).is_err() {
+                count.fetch_add(n, Relaxed);
+            }
+        };
+        tell(&self.full, &"the queue or the pipe was full");
+        tell(&self.failed, &failure);
+    }
+}
+
+pub(super) struct Queue {
+    tx: Sender<Message>,
+    /// For the thread, when it is started.
+    rx: Receiver<Message>,
+    when_full: WhenFull,
+    started: OnceLock<bool>,
+    worker: Worker,
+}
+
+/// What became of a record that was offered.
+pub(super) enum Offer {
+    Done,
+    /// There is no room, and the logger is to wait.
+    Wait(Message),
+}
+
+impl Queue {
+    pub(super) fn new(capacity: usize, when_full: WhenFull, worker: Worker) -> Queue {
+        let (tx, rx) = match when_full {
+            WhenFull::Block | WhenFull::Drop => bounded(capacity.max(1)),
+            WhenFull::GrowTo(_) => unbounded(),
+        };
+        Queue { tx, rx, when_full, started: OnceLock::new(), worker }
+    }
+
+    /// Starts the thread if this is the first record; false if there can be none.
+    pub(super) fn is_started(&self) -> bool {
+        // The initialiser is a region: no fork finds the thread half started.
+        *self.started.get_or_init(|| {
+            let (rx, worker) = (self.rx.clone(), self.worker.clone());
+            // The program's signal handlers are not for this thread.
+            let mask = sys::block_all();
+            let thread = std::thread::Builder::new().name("carefork-log".into()).spawn(move || worker.run(&rx));
+            sys::set_mask(&mask);
+            thread.is_ok()
+        })
+    }
+
+    pub(super) fn was_started(&self) -> bool {
+        self.started.get() == Some(&true)
+    }
+
+    /// Never waits: it is called inside a region.
+    pub(super) fn offer(&self, record: Record) -> Offer {
+        if let WhenFull::GrowTo(most) = self.when_full
+            && self.tx.len() >= most
+        {
+            self.worker.losses.full();
+            return Offer::Done;
+        }
+        match self.tx.try_send(Message::Record(record)) {
+            Ok(()) => Offer::Done,
+            Err(TrySendError::Full(message)) if self.when_full == WhenFull::Block => Offer::Wait(message),
+            Err(_) => {
+                self.worker.losses.full();
+                Offer::Done
+            }
+        }
+    }
+
+    /// Waits for room; not to be called inside a region of the logger's.
+    pub(super) fn send(&self, message: Message) {
+        // The queue holds a receiver itself, so it is never disconnected.
+        drop(self.tx.send(message));
+    }
+
+    /// Returns when everything sent before was written.
+    pub(super) fn flush(&self) {
+        let (done, wait) = bounded(1);
+        self.send(Message::Flush(done));
+        let _ = wait.recv();
+    }
+}
+
+/// The thread's side.
+#[derive(Clone)]
+pub(super) struct Worker {
+    pub(super) sink: Arc<Sink>,
+    pub(super) style: Arc<Style>,
+    pub(super) mark: bool,
+    pub(super) losses: Arc<Losses>,
+}
+
+/// So much is gathered for one write(2).
+const BATCH: usize = 64 * 1024;
+
+impl Worker {
+    /// Ends when the queue is dropped and everything in it was written.
+    fn run(mut self, rx: &Receiver<Message>) {
+        let mut batch = Batch::default();
+        while let Ok(first) = rx.recv() {
+            self.take(first, &mut batch);
+            while let Ok(next) = rx.try_recv() {
+                self.take(next, &mut batch);
+            }
+            self.write(&mut batch);
+            if self.sink.is_writer() {
+                self.flush();
+            }
+        }
+    }
+
+    fn take(&mut self, message: Message, batch: &mut Batch) {
+        match message {
+            Message::Record((line, head)) => {
+                let most = self.sink.most().min(BATCH);
+                if batch.bytes.len() + line.len() > most {
+                    self.write(batch);
+                }
+                if line.len() > most {
+                    self.guarded(1, |sink| sink.put_line(&line, head as usize, false));
+                } else {
+                    batch.bytes.extend_from_slice(&line);
+                    batch.ends.push(batch.bytes.len());
+                }
+            }
+            Message::Flush(done) => {
+                self.write(batch);
+                self.flush();
+                // Whoever asked may have gone.
+                let _ = done.send(());
+            }
+            Message::Turn(sink) => {
+                self.write(batch);
+                self.flush();
+                self.sink = sink;
+            }
+        }
+    }
+
+    fn write(&self, batch: &mut Batch) {
+        if batch.ends.is_empty() {
+            return;
+        }
+        let mut went = true;
+        if self.sink.is_writer() {
+            // A writer gets each record by itself, and forks wait for no more than one.
+            let mut from = 0;
+            for &end in &batch.ends {
+                went = self.guarded(1, |sink| sink.put(&batch.bytes[from..end], false));
+                from = end;
+            }
+        } else if let Err(stopped) = self.sink.put(&batch.bytes, false) {
+            let lost = batch.ends.iter().filter(|&&end| end > stopped.written).count();
+            self.losses.failed(lost as u64, &stopped.why);
+            went = false;
+        }
+        batch.bytes.clear();
+        batch.ends.clear();
+        if went {
+            self.guarded(0, |sink| {
+                self.losses.tell(sink, &self.style, self.mark, false);
+                Ok(())
+            });
+        }
+    }
+
+    fn flush(&self) {
+        self.guarded(0, |sink| sink.flush().map_err(|why| Stopped { written: 0, why }));
+    }
+
+    /// Whether it went well. A writer that panics loses its record, not the thread.
+    fn guarded(&self, records: u64, f: impl FnOnce(&Sink) -> Result<(), Stopped>) -> bool {
+        let why = match catch_unwind(AssertUnwindSafe(|| f(&self.sink))) {
+            Ok(Ok(())) => return true,
+            Ok(Err(stopped)) => stopped.why,
+            Err(_) => io::Error::other("the writer panicked"),
+        };
+        self.losses.failed(records, &why);
+        false
+    }
+}
+
+#[derive(Default)]
+struct Batch {
+    bytes: Vec<u8>,
+    ends: Vec<usize>,
+}
