@@ -16,7 +16,7 @@ use crate::drive::{BOTH, Kind, SOON, Stop};
 use carefork::{Fork, ForkOptions};
 use std::collections::BTreeMap;
 use std::fs::{File, OpenOptions};
-use std::os::fd::AsRawFd;
+use std::os::fd::{AsFd, AsRawFd, OwnedFd};
 use std::path::PathBuf;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering::SeqCst};
 use std::thread;
@@ -49,10 +49,26 @@ impl Drop for Scratch {
     }
 }
 
-/// Sends fd 2 into a file for the rest of this process; what the test itself says goes there too.
-pub fn standard_error_to(to: &Scratch) {
+/// Where fd 2 went before.
+#[must_use]
+pub struct Redirected(OwnedFd);
+
+/// Sends fd 2 into a file until the answer is dropped, by a panic too, so that its message is seen.
+pub fn standard_error_to(to: &Scratch) -> Redirected {
+    let before = std::io::stderr().as_fd().try_clone_to_owned().expect("fd 2");
+    redirect(to.append().as_raw_fd());
+    Redirected(before)
+}
+
+impl Drop for Redirected {
+    fn drop(&mut self) {
+        redirect(self.0.as_raw_fd());
+    }
+}
+
+fn redirect(from: i32) {
     // SAFETY: 2 is this isolated process's to redirect.
-    let done = unsafe { libc::dup2(to.append().as_raw_fd(), 2) };
+    let done = unsafe { libc::dup2(from, 2) };
     assert_eq!(done, 2);
 }
 
