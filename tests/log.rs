@@ -479,8 +479,11 @@ fn time_stamps_are_right_in_a_child_and_take_no_libc_lock() {
             2000,
             |_, n| {
                 let (time, mut broken_down) = (n as libc::time_t, std::mem::MaybeUninit::<libc::tm>::uninit());
-                // SAFETY: both are live for the call.
-                unsafe { libc::localtime_r(&raw const time, broken_down.as_mut_ptr()) };
+                // More in libc's function than out of it.
+                for _ in 0..200 {
+                    // SAFETY: both are live for the call.
+                    unsafe { libc::localtime_r(&raw const time, broken_down.as_mut_ptr()) };
+                }
             },
             |i| {
                 ::log::info!(target: "storm", "record 0 {i}");

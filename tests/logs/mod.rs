@@ -49,27 +49,34 @@ impl Drop for Scratch {
     }
 }
 
-/// Where fd 2 went before.
+/// Where a standard stream went before.
 #[must_use]
-pub struct Redirected(OwnedFd);
+pub struct Redirected(OwnedFd, i32);
 
 /// Sends fd 2 into a file until the answer is dropped, by a panic too, so that its message is seen.
 pub fn standard_error_to(to: &Scratch) -> Redirected {
     let before = std::io::stderr().as_fd().try_clone_to_owned().expect("fd 2");
-    redirect(to.append().as_raw_fd());
-    Redirected(before)
+    redirect(to.append().as_raw_fd(), 2);
+    Redirected(before, 2)
+}
+
+/// The same for fd 1.
+pub fn standard_output_to(to: &Scratch) -> Redirected {
+    let before = std::io::stdout().as_fd().try_clone_to_owned().expect("fd 1");
+    redirect(to.append().as_raw_fd(), 1);
+    Redirected(before, 1)
 }
 
 impl Drop for Redirected {
     fn drop(&mut self) {
-        redirect(self.0.as_raw_fd());
+        redirect(self.0.as_raw_fd(), self.1);
     }
 }
 
-fn redirect(from: i32) {
-    // SAFETY: 2 is this isolated process's to redirect.
-    let done = unsafe { libc::dup2(from, 2) };
-    assert_eq!(done, 2);
+fn redirect(from: i32, to: i32) {
+    // SAFETY: its standard streams are this isolated process's to redirect.
+    let done = unsafe { libc::dup2(from, to) };
+    assert_eq!(done, to);
 }
 
 /// A child of either kind that goes on without exec: cleaned up, then `f`, then its end.

@@ -1,0 +1,251 @@
+//! The loggers people already have, each made safe by one line and run as what it is (B2); each 2000 forks, both kinds.
+
+// Forks.
+#![allow(unsafe_code, clippy::disallowed_methods, clippy::expect_used)]
+
+mod common;
+mod drive;
+mod logs;
+
+use carefork::log::{Builder, Guarded, Output};
+use carefork::tracing::{guarded, per_process};
+use common::isolated;
+use log::LevelFilter;
+use logs::{Scratch, assert_each_once, by_pid, numbers, standard_error_to, storm};
+use std::io;
+use std::sync::Mutex;
+use tracing_subscriber::fmt::MakeWriter;
+
+const FORKS: u32 = 2000;
+/// Children log under this thread's number, each what it was given.
+const CHILD: usize = logs::THREADS;
+
+/// Eight threads and every child log into the same file; each record of each comes once.
+fn all_in_one(file: &Scratch, record: impl Fn(usize, u64) + Sync) {
+    let mut made = storm(FORKS, &record, |i| {
+        record(CHILD, i.into());
+        0
+    });
+    made.push(FORKS.into());
+    assert_each_once(&file.text(), &made, |line| Some(numbers(line, "record").expect("a record")));
+}
+
+fn by_log(thread: usize, number: u64) {
+    log::info!("record {thread} {number}");
+}
+
+fn by_tracing(thread: usize, number: u64) {
+    let _span = tracing::info_span!("span", thread).entered();
+    tracing::info!("record {thread} {number}");
+}
+
+// -- log
+
+#[test]
+fn env_logger_to_a_file() {
+    isolated("env_logger_to_a_file", 240, || {
+        let file = Scratch::new("env_logger");
+        let target = env_logger::Target::Pipe(Box::new(file.append()));
+        let logger = env_logger::Builder::new().filter_level(LevelFilter::Info).target(target).build();
+        Guarded::new(logger).init(LevelFilter::Info).expect("the first logger");
+        all_in_one(&file, by_log);
+    });
+}
+
+#[test]
+fn env_logger_to_stderr() {
+    isolated("env_logger_to_stderr", 240, || {
+        let file = Scratch::new("env_logger");
+        let _redirected = standard_error_to(&file);
+        let logger = env_logger::Builder::new().filter_level(LevelFilter::Info).build();
+        Guarded::new(logger).init(LevelFilter::Info).expect("the first logger");
+        all_in_one(&file, by_log);
+    });
+}
+
+#[test]
+fn simplelog_to_a_file() {
+    isolated("simplelog_to_a_file", 240, || {
+        let file = Scratch::new("simplelog");
+        let logger = simplelog::WriteLogger::new(LevelFilter::Info, simplelog::Config::default(), file.append());
+        Guarded::new(logger).init(LevelFilter::Info).expect("the first logger");
+        all_in_one(&file, by_log);
+    });
+}
+
+#[test]
+fn simplelog_to_several() {
+    isolated("simplelog_to_several", 240, || {
+        let (file, error) = (Scratch::new("simplelog"), Scratch::new("error"));
+        let _redirected = standard_error_to(&error);
+        let config = simplelog::Config::default;
+        let loggers: Vec<Box<dyn simplelog::SharedLogger>> = vec![
+            simplelog::TermLogger::new(
+                LevelFilter::Info,
+                config(),
+                simplelog::TerminalMode::Stderr,
+                simplelog::ColorChoice::Never,
+            ),
+            simplelog::WriteLogger::new(LevelFilter::Info, config(), file.append()),
+        ];
+        let logger = simplelog::CombinedLogger::new(loggers);
+        Guarded::new(logger).init(LevelFilter::Info).expect("the first logger");
+        all_in_one(&file, by_log);
+        let mine = |line: &str| numbers(line, "record").is_some_and(|(thread, _)| thread == CHILD);
+        assert_eq!(error.text().lines().filter(|line| mine(line)).count(), FORKS as usize);
+    });
+}
+
+// -- tracing
+
+fn tracing_to<M: for<'a> MakeWriter<'a> + Send + Sync + 'static>(writer: M) {
+    tracing_subscriber::fmt().with_ansi(false).with_writer(writer).init();
+}
+
+#[test]
+fn tracing_fmt_to_a_file_behind_a_mutex() {
+    isolated("tracing_fmt_to_a_file_behind_a_mutex", 240, || {
+        let file = Scratch::new("fmt");
+        tracing_to(guarded(Mutex::new(file.append())));
+        all_in_one(&file, by_tracing);
+    });
+}
+
+#[test]
+fn tracing_fmt_to_stderr() {
+    isolated("tracing_fmt_to_stderr", 240, || {
+        let file = Scratch::new("fmt");
+        let _redirected = standard_error_to(&file);
+        tracing_to(guarded(io::stderr));
+        all_in_one(&file, by_tracing);
+    });
+}
+
+#[test]
+fn tracing_fmt_to_stdout() {
+    isolated("tracing_fmt_to_stdout", 240, || {
+        let file = Scratch::new("fmt");
+        let _redirected = logs::standard_output_to(&file);
+        tracing_to(guarded(io::stdout));
+        all_in_one(&file, by_tracing);
+    });
+}
+
+/// The children write to a file of their own, by a thread of their own, and end it.
+fn appender(lossy: bool, room: usize) {
+    let (file, theirs) = (Scratch::new("appender"), Scratch::new("theirs"));
+    let (path, their_path) = (file.0.clone(), theirs.0.clone());
+    let events = per_process(move || {
+        let path = if carefork::fork_generation() == 0 { &path } else { &their_path };
+        let to = std::fs::OpenOptions::new().append(true).create(true).open(path).expect("a file");
+        tracing_appender::non_blocking::NonBlockingBuilder::default()
+            .lossy(lossy)
+            .buffered_lines_limit(room)
+            .finish(to)
+    });
+    tracing_to(events.clone());
+    let made = storm(FORKS, by_tracing, |i| {
+        by_tracing(CHILD, i.into());
+        events.finish();
+        0
+    });
+    events.finish();
+    assert_each_once(&file.text(), &made, |line| Some(numbers(line, "record").expect("a record")));
+    let mut none = vec![0; CHILD];
+    none.push(FORKS.into());
+    assert_each_once(&theirs.text(), &none, |line| Some(numbers(line, "record").expect("a record")));
+}
+
+#[test]
+fn tracing_appender_lossy() {
+    isolated("tracing_appender_lossy", 240, || appender(true, 50_000));
+}
+
+#[test]
+fn tracing_appender_lossless_and_full() {
+    isolated("tracing_appender_lossless_and_full", 240, || appender(false, 2));
+}
+
+/// tracing's levels, spans and format, carefork's outputs and rules for children.
+#[test]
+fn tracing_into_careforks_logger() {
+    isolated("tracing_into_careforks_logger", 400, || {
+        let (file, error) = (Scratch::new("tracing"), Scratch::new("error"));
+        let _redirected = standard_error_to(&error);
+        let logger = Builder::new().output(Output::file(&file.0).expect("a file")).background(64).build();
+        tracing_to(logger.clone());
+        let made = storm(FORKS, by_tracing, |i| {
+            by_tracing(CHILD, i.into());
+            0
+        });
+        logger.flush();
+        let record = |line: &str| Some(numbers(line, "record").expect("a record"));
+        assert_each_once(&file.text(), &made, record);
+        let mut none = vec![0; CHILD];
+        none.push(FORKS.into());
+        let text = error.text();
+        assert_each_once(&text, &none, record);
+        let found = by_pid(&text);
+        assert_eq!(found.values().map(Vec::len).sum::<usize>(), FORKS as usize);
+        assert!(text.lines().all(|line| line.starts_with("[pid ") && line.contains("span{thread=8}")));
+    });
+}
+
+/// What `finish` and a fork do to the writer that each process makes.
+#[test]
+fn each_process_makes_its_own_and_drops_only_that() {
+    use std::sync::Arc;
+    use std::sync::atomic::{AtomicU32, Ordering::SeqCst};
+    isolated("each_process_makes_its_own_and_drops_only_that", 60, || {
+        struct Ends(Arc<AtomicU32>);
+        impl Drop for Ends {
+            fn drop(&mut self) {
+                self.0.fetch_add(1, SeqCst);
+            }
+        }
+        #[derive(Clone)]
+        struct Nowhere;
+        impl io::Write for Nowhere {
+            fn write(&mut self, bytes: &[u8]) -> io::Result<usize> {
+                Ok(bytes.len())
+            }
+            fn flush(&mut self) -> io::Result<()> {
+                Ok(())
+            }
+        }
+        let (made, ended) = (Arc::new(AtomicU32::new(0)), Arc::new(AtomicU32::new(0)));
+        let events = per_process({
+            let (made, ended) = (Arc::clone(&made), Arc::clone(&ended));
+            move || {
+                made.fetch_add(1, SeqCst);
+                (Nowhere, Ends(Arc::clone(&ended)))
+            }
+        });
+        let now = || (made.load(SeqCst), ended.load(SeqCst));
+        events.finish();
+        assert_eq!(now(), (0, 0));
+        let _writer = events.make_writer();
+        let _writer = events.make_writer();
+        assert_eq!(now(), (1, 0));
+        for kind in drive::BOTH {
+            let pid = logs::noexec(kind, || {
+                events.finish();
+                common::check(1, now() == (1, 0));
+                let _writer = events.make_writer();
+                let _writer = events.make_writer();
+                common::check(2, now() == (2, 0));
+                events.finish();
+                common::check(3, now() == (2, 1));
+                let _writer = events.make_writer();
+                common::check(4, now() == (3, 1));
+                0
+            });
+            assert_eq!(common::reap(pid, drive::SOON), common::Verdict::Exited(0));
+        }
+        events.finish();
+        assert_eq!(now(), (1, 1));
+        let _writer = events.make_writer();
+        drop(events);
+        assert_eq!(now(), (2, 2));
+    });
+}
