@@ -143,7 +143,10 @@ fn stuck(when_full: WhenFull, capacity: usize) -> (String, String) {
     let logger = Builder::new().output(output).background(capacity).when_full(when_full).build();
     let log = |logger: &Logger, n: u64| {
         let arguments = format_args!("record 0 {n}");
-        ::log::Log::log(logger, &::log::Record::builder().level(::log::Level::Info).target("storm").args(arguments).build());
+        ::log::Log::log(
+            logger,
+            &::log::Record::builder().level(::log::Level::Info).target("storm").args(arguments).build(),
+        );
     };
     // Until this thread would have to wait, some of them taken by the thread and in its hands.
     let logging = thread::spawn({
@@ -407,7 +410,9 @@ fn a_child_points_the_log_at_a_file_of_its_own_and_its_child_goes_to_fd_2() {
             });
             log_by(&logger, "parent 0 1");
             logger.flush();
-            let ends = |text: String| text.lines().map(|l| l.rsplit("storm: ").next().expect("one").to_owned()).collect::<Vec<_>>();
+            let ends = |text: String| {
+                text.lines().map(|l| l.rsplit("storm: ").next().expect("one").to_owned()).collect::<Vec<_>>()
+            };
             assert_eq!(ends(file.text()), ["parent 0 0", "parent 0 1"]);
             assert_eq!(ends(own.text()), ["child 0 1", "child 0 2"].repeat(2));
             assert_eq!(ends(error.text()), ["child 0 0", "grandchild 0 0", "grandchild 0 0"].repeat(2));

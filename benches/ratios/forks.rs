@@ -9,14 +9,14 @@ use std::sync::atomic::{AtomicBool, AtomicU32, Ordering};
 use std::time::Instant;
 
 /// One of the two processes: answers a line with a line.
-struct Server {
+pub(crate) struct Server {
     child: Child,
     to: ChildStdin,
     from: BufReader<ChildStdout>,
 }
 
 impl Server {
-    fn start(off: bool, setup: &str) -> Server {
+    pub(crate) fn start(off: bool, setup: &str) -> Server {
         let mut c = Command::new(std::env::current_exe().unwrap());
         c.args(["serve", setup]).stdin(Stdio::piped()).stdout(Stdio::piped());
         if off {
@@ -27,7 +27,7 @@ impl Server {
         Server { child, to, from }
     }
 
-    fn ask(&mut self, what: &str) -> f64 {
+    pub(crate) fn ask(&mut self, what: &str) -> f64 {
         writeln!(self.to, "{what}").unwrap();
         let mut line = String::new();
         self.from.read_line(&mut line).unwrap();
@@ -87,17 +87,26 @@ fn qemu() {
     }
 }
 
+/// The times of `n` forks with `f`, ns.
+fn times(n: usize, f: impl Fn()) -> Vec<f64> {
+    let one = |_| {
+        let t = Instant::now();
+        f();
+        t.elapsed().as_nanos() as f64
+    };
+    (0..n).map(one).collect()
+}
+
 /// The median time of a fork with `f`, ns.
 fn time(f: impl Fn()) -> f64 {
-    median(
-        (0..FORKS)
-            .map(|_| {
-                let t = Instant::now();
-                f();
-                t.elapsed().as_nanos() as f64
-            })
-            .collect(),
-    )
+    median(times(FORKS, f))
+}
+
+/// The time that 99 of 100 forks with `f` keep to, ns.
+fn p99(f: impl Fn()) -> f64 {
+    let mut all = times(5 * FORKS, f);
+    all.sort_by(f64::total_cmp);
+    all[all.len() * 99 / 100]
 }
 
 /// Runs `f` in a child and hands back the number it makes.
@@ -173,7 +182,7 @@ pub(crate) fn serve() {
             fds.0 = neighbours(n.parse().unwrap()).into_iter().map(|f| CareFd::new(f).unwrap()).collect();
         }
         ("bare", n) => fds.1 = neighbours(n.parse().unwrap()),
-        _ => {}
+        _ => crate::logs::set_up(&setup),
     }
     let inherit = ForkOptions::new();
     let reset = ForkOptions::new().signals(Signals::Reset);
@@ -186,6 +195,8 @@ pub(crate) fn serve() {
             "reset" => time(|| careful(&reset)),
             "inherit by pid" => time(|| careful(&inherit_by_pid)),
             "reset by pid" => time(|| careful(&reset_by_pid)),
+            "bare p99" => p99(bare),
+            "inherit p99" => p99(|| careful(&inherit)),
             "qemu" => time(qemu),
             "cleanup" => in_child(|| {
                 let t = Instant::now();

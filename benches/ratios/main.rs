@@ -8,6 +8,7 @@
 #![allow(clippy::multiple_unsafe_ops_per_block, clippy::type_complexity, let_underscore_drop)]
 
 mod forks;
+mod logs;
 mod measure;
 mod plain;
 
@@ -22,4 +23,5 @@ fn main() {
     println!("|---|---|---|---|---|---|");
     plain::rows(&wanted);
     forks::rows(&wanted);
+    logs::rows(&wanted);
 }

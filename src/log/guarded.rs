@@ -20,7 +20,9 @@ use ::log::{LevelFilter, Log, Metadata, Record};
 /// [`ForkError::Busy`](crate::ForkError::Busy) after its budget, and a foreign one dirty.
 ///
 /// In a child the logger goes on writing to where the parent's does, without a mark. A buffer that it keeps is copied to the child, which
-/// would write it a second time: give it a writer that has none, or flush before forking. A logger with a thread needs more than this.
+/// would write it a second time: give it a writer that has none across records, or flush before forking. A logger that writes a record
+/// in pieces (simplelog does) mixes them with those of other processes: put a [`LineWriter`](std::io::LineWriter) in front of the
+/// file. A logger with a thread needs more than this.
 #[derive(Debug, Default)]
 pub struct Guarded<L>(L);
 

@@ -192,7 +192,12 @@ fn put(fd: RawFd, lines: &[u8], hurried: bool) -> Result<(), Stopped> {
 }
 
 /// Cuts a line into lines of at most `most` bytes, each with the same head, all but the last ending in a backslash.
-fn pieces(line: &[u8], head: usize, most: usize, mut put: impl FnMut(&[u8]) -> Result<(), Stopped>) -> Result<(), Stopped> {
+fn pieces(
+    line: &[u8],
+    head: usize,
+    most: usize,
+    mut put: impl FnMut(&[u8]) -> Result<(), Stopped>,
+) -> Result<(), Stopped> {
     let (head, rest) = line.split_at(head.min(most / 2));
     let mut rest = rest.strip_suffix(b"\n").unwrap_or(rest);
     let room = most - head.len() - 2;

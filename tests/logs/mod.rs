@@ -121,11 +121,7 @@ pub fn storm(forks: u32, record: impl Fn(usize, u64) + Sync, child: impl Fn(u32)
     storm_of(forks, &record, |i| noexec(BOTH[i as usize % 2], || child(i)))
 }
 
-pub fn storm_of(
-    forks: u32,
-    record: &(impl Fn(usize, u64) + Sync),
-    fork: impl FnMut(u32) -> libc::pid_t,
-) -> Vec<u64> {
+pub fn storm_of(forks: u32, record: &(impl Fn(usize, u64) + Sync), fork: impl FnMut(u32) -> libc::pid_t) -> Vec<u64> {
     // On a machine with more to do a thread in a region may be off its processor for long.
     carefork::set_foreign_budget(None);
     let stop = AtomicBool::new(false);

@@ -1,0 +1,136 @@
+//! The log: a record to a file, a queue of them, and forks while threads log.
+
+use crate::forks::Server;
+use crate::measure::{row, turns, wall_on_threads};
+use carefork::Hook;
+use carefork::log::{Builder, Logger, Output};
+use log::{Level, LevelFilter, Log, Record};
+use std::fs::{File, OpenOptions};
+use std::io::Write;
+use std::path::PathBuf;
+use std::time::Instant;
+use tracing_appender::non_blocking::NonBlockingBuilder;
+use tracing_subscriber::fmt::MakeWriter;
+
+struct Scratch(PathBuf, File);
+
+impl Scratch {
+    fn new(name: &str) -> Scratch {
+        let path = std::env::temp_dir().join(format!("carefork-bench-{name}-{}", std::process::id()));
+        let file = OpenOptions::new().append(true).create(true).open(&path).unwrap();
+        Scratch(path, file)
+    }
+
+    fn file(&self) -> File {
+        self.1.try_clone().unwrap()
+    }
+
+    fn output(&self) -> Output {
+        Output::file(&self.0).unwrap()
+    }
+
+    /// Before each round: the disk is not what is measured.
+    fn empty(&self) {
+        self.1.set_len(0).unwrap();
+    }
+}
+
+impl Drop for Scratch {
+    fn drop(&mut self) {
+        let _ = std::fs::remove_file(&self.0);
+    }
+}
+
+fn one(logger: &dyn Log, n: u32) {
+    let args = format_args!("request {n} from 10.0.0.7 took 12 ms");
+    logger.log(&Record::builder().level(Level::Info).target("net::http").args(args).build());
+}
+
+const LINE: &[u8] = b"2026-11-21T07:03:12.345678Z  INFO net::http: request 12345 from 10.0.0.7 took 12 ms\n";
+const QUEUED: usize = 4096;
+
+/// ns for each of `n` lines from each of four threads, until the last is written.
+fn queued(n: u32, write: impl Fn() + Sync, end: impl FnOnce()) -> f64 {
+    let t = Instant::now();
+    wall_on_threads(4, n, |_, n| (0..n).for_each(|_| write()));
+    end();
+    t.elapsed().as_nanos() as f64 / f64::from(n) / 4.0
+}
+
+/// What the serving process does besides: log without pause, or have everything registered.
+pub(crate) fn set_up(setup: &str) {
+    match setup {
+        "logging" => {
+            let scratch = Scratch::new("logging");
+            let logger = Builder::new().output(scratch.output()).build();
+            for _ in 0..4 {
+                let logger = logger.clone();
+                std::thread::spawn(move || (0..).for_each(|n| one(&logger, n)));
+            }
+            std::thread::spawn(move || {
+                loop {
+                    std::thread::sleep(std::time::Duration::from_millis(200));
+                    scratch.empty();
+                }
+            });
+        }
+        "subsystems" => {
+            let logger = Builder::new().output(Output::file("/dev/null").unwrap()).background(100).init().unwrap();
+            one(&logger, 0);
+            std::mem::forget(carefork::stdio::guard());
+            std::mem::forget(carefork::register(Hook::new("service").parent(|| {}).child(|| {}).cleanup(|| {})));
+        }
+        _ => {}
+    }
+}
+
+pub(crate) fn rows(wanted: &dyn Fn(&str) -> bool) {
+    for threads in [1, 8] {
+        let what = format!("one record to a file, {threads} threads, against env_logger");
+        if wanted(&what) {
+            let (a, b) = (Scratch::new("ours"), Scratch::new("rival"));
+            let ours = Builder::new().output(a.output()).build();
+            let rival = env_logger::Builder::new()
+                .filter_level(LevelFilter::Info)
+                .target(env_logger::Target::Pipe(Box::new(b.file())))
+                .build();
+            let n = 40_000 / threads as u32;
+            let run = |scratch: &Scratch, logger: &dyn Log| {
+                scratch.empty();
+                wall_on_threads(threads, n, |_, n| (0..n).for_each(|i| one(logger, i)))
+            };
+            row(&what, turns(21, || run(&a, &ours), || run(&b, &rival)), "ns", 1.0);
+        }
+    }
+    let what = "a line through the background writer, 4 threads, against tracing-appender";
+    if wanted(what) {
+        let (a, b) = (Scratch::new("ours"), Scratch::new("rival"));
+        let n = 40_000;
+        let ours = || {
+            a.empty();
+            let logger: Logger = Builder::new().output(a.output()).background(QUEUED).build();
+            let end = logger.clone();
+            queued(n, || logger.make_writer().write_all(LINE).unwrap(), move || end.flush())
+        };
+        let rival = || {
+            b.empty();
+            let appender = NonBlockingBuilder::default().lossy(false).buffered_lines_limit(QUEUED).finish(b.file());
+            let (writer, guard) = appender;
+            queued(n, || writer.make_writer().write_all(LINE).unwrap(), move || drop(guard))
+        };
+        row(what, turns(15, ours, rival), "ns", 1.0);
+    }
+    for (name, p99) in [("p50", ""), ("p99", " p99")] {
+        let what = format!("fork while 4 threads log, {name}, against plain fork");
+        if wanted(&what) {
+            let (mut a, mut b) = (Server::start(false, "logging"), Server::start(true, "logging"));
+            let (ours, rival) = (format!("inherit{p99}"), format!("bare{p99}"));
+            row(&what, turns(15, || a.ask(&ours) / 1000.0, || b.ask(&rival) / 1000.0), "µs", 1.5);
+        }
+    }
+    let what = "fork+_exit+wait with log, stdio and one hook registered, against bare";
+    if wanted(what) {
+        let (mut a, mut b) = (Server::start(false, "subsystems"), Server::start(true, ""));
+        row(what, turns(31, || a.ask("inherit") / 1000.0, || b.ask("bare") / 1000.0), "µs", 1.10);
+    }
+}
