@@ -130,7 +130,7 @@ pub(crate) fn rows(wanted: &dyn Fn(&str) -> bool) {
     }
     let what = "fork+_exit+wait with log, stdio and one hook registered, against bare";
     if wanted(what) {
-        let (mut a, mut b) = (Server::start(false, "subsystems"), Server::start(true, ""));
+        let (mut a, mut b) = (Server::start(false, "subsystems"), Server::start(true, "subsystems"));
         row(what, turns(31, || a.ask("inherit") / 1000.0, || b.ask("bare") / 1000.0), "µs", 1.10);
     }
 }

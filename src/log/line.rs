@@ -6,15 +6,31 @@ use jiff::fmt::temporal::DateTimePrinter;
 use jiff::tz::TimeZone;
 use std::cell::Cell;
 use std::fmt::{self, Write as _};
+use std::sync::atomic::{AtomicU32, Ordering::Relaxed};
 
 /// What a logger's lines have in common.
 #[derive(Debug)]
 pub(super) struct Style {
     /// Read once, when the logger was built: jiff reads the zone's file itself, so no child meets libc's lock.
     zone: TimeZone,
+    /// Tells the styles of one process apart.
+    id: u32,
 }
 
+/// A second as text, `2026-11-21T07:03:12+01:00`; the fraction goes between.
+#[derive(Clone, Copy)]
+struct Second {
+    style: u32,
+    second: i64,
+    text: [u8; LENGTH],
+}
+
+const LENGTH: usize = "2026-11-21T07:03:12+01:00".len();
+const TO_FRACTION: usize = "2026-11-21T07:03:12".len();
+
 thread_local! {
+    /// The last second that this thread has seen: going from a time stamp to a date costs as much as the rest of a line.
+    static SECOND: Cell<Second> = const { Cell::new(Second { style: 0, second: 0, text: [0; LENGTH] }) };
     /// The thread's buffer; empty while a record is being formatted, so that a `Display` that logs finds another.
     static BUFFER: Cell<Vec<u8>> = const { Cell::new(Vec::new()) };
 }
@@ -33,21 +49,32 @@ pub(super) fn with_buffer(f: impl FnOnce(&mut Vec<u8>)) {
     }
 }
 
-const PRINTER: DateTimePrinter = DateTimePrinter::new().precision(Some(6));
+const PRINTER: DateTimePrinter = DateTimePrinter::new().precision(Some(0));
 
 impl Style {
     pub(super) fn local() -> Style {
-        Style { zone: TimeZone::system() }
+        Style::of(TimeZone::system())
     }
 
     pub(super) fn utc() -> Style {
-        Style { zone: TimeZone::UTC }
+        Style::of(TimeZone::UTC)
+    }
+
+    fn of(zone: TimeZone) -> Style {
+        static NEXT: AtomicU32 = AtomicU32::new(1);
+        Style { zone, id: NEXT.fetch_add(1, Relaxed) }
     }
 
     /// Appends a record's line; where its head ends. In a child `mark` is set.
     pub(super) fn line(&self, line: &mut Vec<u8>, mark: bool, record: &::log::Record<'_>) -> usize {
-        self.stamp(line);
-        push(line, format_args!(" {:<5} [", record.level()));
+        self.stamp(line, Timestamp::now());
+        line.extend_from_slice(match record.level() {
+            ::log::Level::Error => b" ERROR [",
+            ::log::Level::Warn => b" WARN  [",
+            ::log::Level::Info => b" INFO  [",
+            ::log::Level::Debug => b" DEBUG [",
+            ::log::Level::Trace => b" TRACE [",
+        });
         if mark {
             push(line, format_args!("pid {} ", sys::getpid()));
         }
@@ -81,11 +108,26 @@ impl Style {
         );
     }
 
-    fn stamp(&self, line: &mut Vec<u8>) {
-        let now = Timestamp::now();
-        let offset = self.zone.to_offset(now);
-        // Writing to a Vec cannot fail.
-        drop(PRINTER.print_timestamp_with_offset(&now, offset, line));
+    fn stamp(&self, line: &mut Vec<u8>, now: Timestamp) {
+        let (second, micro) = (now.as_second(), now.subsec_microsecond().unsigned_abs());
+        let mut known = SECOND.get();
+        if known.second != second || known.style != self.id {
+            let mut text = Vec::with_capacity(2 * LENGTH);
+            // Writing to a Vec cannot fail.
+            drop(PRINTER.print_timestamp_with_offset(&now, self.zone.to_offset(now), &mut text));
+            let Ok(text) = text.as_slice().try_into() else {
+                // Not a year of four digits.
+                line.extend_from_slice(&text);
+                return;
+            };
+            known = Second { style: self.id, second, text };
+            SECOND.set(known);
+        }
+        let (date, zone) = known.text.split_at(TO_FRACTION);
+        line.extend_from_slice(date);
+        let digit = |of: u32| b'0' + (micro / of % 10) as u8;
+        line.extend_from_slice(&[b'.', digit(100_000), digit(10_000), digit(1000), digit(100), digit(10), digit(1)]);
+        line.extend_from_slice(zone);
     }
 }
 
@@ -144,6 +186,31 @@ mod tests {
         assert_eq!(escaped("as it\tis: ä€ \\n"), "as it\tis: ä€ \\n");
         assert_eq!(escaped("a\nb\r\n"), "a\\nb\\r\\n");
         assert_eq!(escaped("\u{1b}[31mred\u{7f}\u{9b}\0"), "\\u{1b}[31mred\\u{7f}\\u{9b}\\u{0}");
+    }
+
+    #[test]
+    fn a_time_stamp_is_what_jiff_makes_of_it() {
+        let styles = [
+            Style::of(TimeZone::get("Asia/Kathmandu").unwrap()),
+            Style::of(TimeZone::get("America/New_York").unwrap()),
+        ];
+        // The end of summer time in New York lies between the last two.
+        let times = [
+            "2026-11-21T07:03:12.000009Z",
+            "2026-11-21T07:03:12.999999Z",
+            "2026-11-21T07:03:13Z",
+            "2026-11-01T05:59:59.5Z",
+            "2026-11-01T06:00:00Z",
+        ];
+        for time in times.map(|t| t.parse::<Timestamp>().unwrap()) {
+            for style in &styles {
+                let mut line = Vec::new();
+                style.stamp(&mut line, time);
+                let printer = DateTimePrinter::new().precision(Some(6));
+                let expected = printer.timestamp_with_offset_to_string(&time, style.zone.to_offset(time));
+                assert_eq!(String::from_utf8(line).unwrap(), expected);
+            }
+        }
     }
 
     #[test]
