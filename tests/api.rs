@@ -6,11 +6,15 @@
     clippy::type_complexity
 )]
 
-use carefork::audit::{Care, Descriptor, Fate, Kind};
-use carefork::report::{CareFdEntry, HookEntry, RegionEntry};
-use carefork::stdio::{Stream, Waiting};
 #[allow(clippy::wildcard_imports)]
 use carefork::*;
+use carefork::audit::{Care, Descriptor, Fate, Kind};
+use carefork::log::{
+    AlreadySet, BadFilter, Builder, Guarded, Logger, NoLogger, Output, RecordWriter, WhenFull, flush, set_output,
+};
+use carefork::report::{CareFdEntry, HookEntry, RegionEntry};
+use carefork::stdio::{Stream, Waiting};
+use carefork::tracing::{Guarded as GuardedMake, GuardedWriter, PerProcess, guarded, per_process};
 use std::cell::Cell;
 use std::error::Error;
 use std::fmt::Debug;
@@ -20,6 +24,7 @@ use std::panic::{RefUnwindSafe, UnwindSafe};
 use std::process::ExitStatus;
 use std::time::Duration;
 use std::{io, net};
+use tracing_subscriber::fmt::MakeWriter;
 
 /// Compiles if the types have the traits.
 macro_rules! is {
@@ -63,6 +68,18 @@ is!(ForkOptions<'static>, Signals, OnFork, Cleanup, Lineage, Stats, Culprit, Cul
 is!(ForkOptions<'static>, Signals, Stats, Durations, Cleanup, Culprits => Default);
 is!(Stream, Waiting => Send + Sync + Debug + Unpin + UnwindSafe + RefUnwindSafe + std::fmt::Display);
 is!(OnFork, Cleanup, Lineage, Stats, NotAChild, Stream, Waiting => Copy + Eq);
+
+// The log.
+is!(Logger, Output, Builder, WhenFull, BadFilter, AlreadySet, NoLogger, PerProcess<io::Sink, ()> => Send + Unpin + Debug);
+is!(Logger, WhenFull, BadFilter, AlreadySet, NoLogger, Guarded<Logger>, PerProcess<io::Sink, ()> => Sync);
+is!(Logger, WhenFull, BadFilter, AlreadySet, NoLogger, PerProcess<io::Sink, ()>, GuardedMake<io::Sink> => Clone);
+is!(BadFilter, AlreadySet, NoLogger => Error + Eq);
+is!(Logger, Guarded<Logger> => log::Log);
+is!(Builder, WhenFull => Default);
+is!(Logger, PerProcess<io::Sink, ()>, GuardedMake<fn() -> io::Stderr> => for<'a> MakeWriter<'a>);
+is!(RecordWriter<'static>, GuardedWriter<io::Stderr> => io::Write);
+// It has a region in it.
+is_not!(GuardedWriter<io::Stderr> => Send);
 
 // Regions belong to their thread, and so does what holds one.
 is_not!(NoForking => Send);
@@ -184,6 +201,37 @@ fn functions_have_the_types_they_are_known_by() {
     let _: fn(String) -> Veto = Veto::from;
 }
 
+/// The same for the log.
+#[test]
+fn the_log_has_the_functions_it_is_known_by() {
+    let _: fn() = flush;
+    let _: fn(Output) -> Result<(), NoLogger> = set_output;
+    let _: fn(&Logger) = Logger::flush;
+    let _: fn(&Logger, Output) = Logger::set_output;
+    let _: fn(&Logger) -> LevelFilter = Logger::max_level;
+    let _: fn() -> Builder = Builder::new;
+    let _: fn(Builder, &str) -> Result<Builder, BadFilter> = Builder::filters;
+    let _: fn(Builder, LevelFilter) -> Builder = Builder::level;
+    let _: fn(Builder, &str, LevelFilter) -> Builder = Builder::target_level;
+    let _: fn(Builder, Output) -> Builder = Builder::output;
+    let _: fn(Builder, usize) -> Builder = Builder::background;
+    let _: fn(Builder, WhenFull) -> Builder = Builder::when_full;
+    let _: fn(Builder, bool) -> Builder = Builder::utc;
+    let _: fn(Builder) -> Logger = Builder::build;
+    let _: fn(Builder) -> Result<Logger, AlreadySet> = Builder::init;
+    let _: fn() -> Output = Output::stderr;
+    let _: fn(&'static str) -> io::Result<Output> = Output::file;
+    let _: fn(File) -> io::Result<Output> = Output::fd;
+    let _: fn(Vec<u8>) -> Output = Output::writer;
+    let _ = [WhenFull::Block, WhenFull::Drop, WhenFull::GrowTo(1)];
+    let _: fn(Logger) -> Guarded<Logger> = Guarded::new;
+    let _: fn(Guarded<Logger>) -> Logger = Guarded::into_inner;
+    let _: fn(Guarded<Logger>, LevelFilter) -> Result<(), AlreadySet> = Guarded::init;
+    let _: fn(io::Stderr) -> GuardedMake<io::Stderr> = guarded;
+    let _: fn(fn() -> (io::Sink, ())) -> PerProcess<io::Sink, ()> = per_process;
+    let _: fn(&PerProcess<io::Sink, ()>) = PerProcess::finish;
+}
+
 /// F5: a word beside the value.
 #[test]
 fn a_care_fd_is_at_most_eight_bytes_more() {
@@ -233,7 +281,12 @@ fn errors_tell() {
 fn nothing_public_is_missing_here() {
     let here = include_str!("api.rs");
     let mut names = 0;
-    for source in [include_str!("../src/lib.rs"), include_str!("../src/locks/mod.rs")] {
+    for source in [
+        include_str!("../src/lib.rs"),
+        include_str!("../src/locks/mod.rs"),
+        include_str!("../src/log/mod.rs"),
+        include_str!("../src/tracing/mod.rs"),
+    ] {
         // What a feature for tests and benches exports is indented.
         for item in source.split("\npub use ").skip(1) {
             let list = item.split(';').next().expect("split gives one");

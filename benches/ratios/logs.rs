@@ -65,7 +65,11 @@ pub(crate) fn set_up(setup: &str) {
             let logger = Builder::new().output(scratch.output()).build();
             for _ in 0..4 {
                 let logger = logger.clone();
-                std::thread::spawn(move || (0..).for_each(|n| one(&logger, n)));
+                std::thread::spawn(move || {
+                    loop {
+                        one(&logger, 0);
+                    }
+                });
             }
             std::thread::spawn(move || {
                 loop {

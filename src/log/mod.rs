@@ -50,7 +50,7 @@
 //! end of a child of [`spawn`](crate::spawn()). A process that is killed or calls `_exit` loses what was queued; nothing is ever written twice.
 //!
 //! # Loggers that are there already
-//! [`Guarded`] makes each record of any [`log::Log`](::log::Log) a region; for tracing-subscriber's formatting layer there is the module
+//! [`Guarded`] makes each record of any [`Log`](::log::Log) a region; for tracing-subscriber's formatting layer there is the module
 //! `carefork::tracing` (feature `tracing`).
 //!
 //! # Limits
