@@ -576,18 +576,20 @@ fn limit_files(bytes: u64) {
 /// A writer that logs and flushes, one that panics, one that fails: no deadlock, and the thread goes on.
 #[test]
 fn writers_that_misbehave() {
-    struct Odd(Arc<Mutex<Vec<u8>>>, u32);
+    struct Odd(Arc<Mutex<Vec<u8>>>, bool);
     impl Write for Odd {
         fn write(&mut self, bytes: &[u8]) -> io::Result<usize> {
-            self.1 += 1;
-            match self.1 {
-                1 => {
-                    ::log::info!(target: "storm", "from inside");
-                    ::log::logger().flush();
-                }
-                2 => return Err(io::ErrorKind::BrokenPipe.into()),
-                3 => std::panic::resume_unwind(Box::new(())),
-                _ => {}
+            let text = String::from_utf8_lossy(bytes);
+            if text.contains("record 0 0") {
+                ::log::info!(target: "storm", "from inside");
+                ::log::logger().flush();
+            }
+            if text.contains("record 0 1") {
+                return Err(io::ErrorKind::BrokenPipe.into());
+            }
+            let first_telling = text.contains(" lost: ") && !std::mem::replace(&mut self.1, true);
+            if text.contains("record 0 2") || first_telling {
+                std::panic::resume_unwind(Box::new(()));
             }
             self.0.lock().expect("not poisoned").extend_from_slice(bytes);
             Ok(bytes.len())
@@ -602,7 +604,7 @@ fn writers_that_misbehave() {
         let error = Scratch::new("error");
         let _redirected = standard_error_to(&error);
         let text = Arc::new(Mutex::new(Vec::new()));
-        let output = Output::writer(Odd(Arc::clone(&text), 0));
+        let output = Output::writer(Odd(Arc::clone(&text), false));
         let logger = Builder::new().output(output).background(8).init().expect("the first logger");
         for n in 0..5 {
             ::log::info!(target: "storm", "record 0 {n}");
@@ -698,6 +700,151 @@ fn turning_the_output_keeps_the_order() {
         all.sort_unstable();
         assert_eq!(all, (0..2000).collect::<Vec<_>>());
     }
+}
+
+/// What was logged before the turn is in the old file, what was logged after it in the new one.
+#[test]
+fn the_output_turns_between_two_lines() {
+    for round in 0..40 {
+        let (a, b) = (Scratch::new("a"), Scratch::new("b"));
+        let builder = if round % 4 == 0 { Builder::new() } else { Builder::new().background(64) };
+        let logger = builder.output(Output::file(&a.0).expect("a file")).build();
+        (0..50).for_each(|n| log_by(&logger, &format!("record 0 {n}")));
+        logger.set_output(Output::file(&b.0).expect("a file"));
+        (50..60).for_each(|n| log_by(&logger, &format!("record 0 {n}")));
+        drop(logger);
+        assert_eq!((numbered(&a.text()), numbered(&b.text())), ((0..50).collect(), (50..60).collect()));
+    }
+}
+
+/// Threads in regions wait for room in a queue whose thread needs a region for each record; forks come in between all the same.
+#[test]
+fn threads_may_log_inside_regions_through_a_full_queue() {
+    isolated("threads_may_log_inside_regions_through_a_full_queue", 300, || {
+        let (file, error) = (Scratch::new("regions"), Scratch::new("error"));
+        let _redirected = standard_error_to(&error);
+        let output = Output::writer(file.append());
+        let logger = Builder::new().output(output).background(1).init().expect("the first logger");
+        let record = |thread: usize, number: u64| {
+            let _region = carefork::no_forking();
+            ::log::info!(target: "storm", "record {thread} {number}");
+        };
+        let made = storm(300, record, |i| {
+            ::log::info!(target: "storm", "child 0 {i}");
+            0
+        });
+        logger.flush();
+        assert_each_once(&file.text(), &made, |line| Some(numbers(line, "record").expect("a record")));
+        assert_eq!(by_pid(&error.text()).len(), 300);
+    });
+}
+
+/// The first words of a fresh child, in its at-fork handlers, are the child's already.
+#[test]
+fn hooks_may_log() {
+    isolated("hooks_may_log", 60, || {
+        for background in [None, Some(1)] {
+            let (file, error) = (Scratch::new("hooks"), Scratch::new("error"));
+            let redirected = standard_error_to(&error);
+            let builder = background.map_or(Builder::new(), |n| Builder::new().background(n));
+            let logger = builder.output(Output::file(&file.0).expect("a file")).build();
+            let say = |what: &'static str| {
+                let logger = logger.clone();
+                move || log_by(&logger, what)
+            };
+            log_by(&logger, "begin 0 0");
+            let hook = carefork::Hook::new("says").prepare(say("prepare")).parent(say("parent"));
+            let registration = carefork::register(hook.child(say("child")).cleanup(say("cleanup")));
+            in_both(|| 0);
+            drop(registration);
+            logger.flush();
+            drop(redirected);
+            let ends = |text: &str| -> Vec<String> {
+                text.lines().map(|l| l.rsplit("storm: ").next().expect("one").to_owned()).collect()
+            };
+            assert_eq!(ends(&file.text()), ["begin 0 0", "prepare", "parent", "prepare", "parent"]);
+            assert_eq!(ends(&error.text()), ["child", "cleanup", "child", "cleanup"]);
+            assert_eq!(by_pid(&error.text()).len(), 2);
+        }
+    });
+}
+
+/// Without at-fork handlers too: by a raw clone, and where carefork is switched off.
+#[test]
+fn a_child_that_nobody_told_goes_to_fd_2() {
+    let check_it = || {
+        let (file, error) = (Scratch::new("untold"), Scratch::new("error"));
+        let redirected = standard_error_to(&error);
+        let logger = Builder::new().output(Output::file(&file.0).expect("a file")).background(8).build();
+        log_by(&logger, "record 0 0");
+        logger.flush();
+        let in_child = || {
+            log_by(&logger, "record 0 1");
+            logger.flush();
+            common::raw::exit_now(0)
+        };
+        // SAFETY: the arguments of a fork; the only other thread sleeps, so the allocator is at rest.
+        let pid = unsafe { libc::syscall(libc::SYS_clone, libc::SIGCHLD, 0, 0, 0, 0) };
+        if pid == 0 {
+            in_child();
+        }
+        ends_well(i32::try_from(pid).expect("a pid"));
+        // SAFETY: as above.
+        let pid = unsafe { libc::fork() };
+        if pid == 0 {
+            in_child();
+        }
+        ends_well(pid);
+        drop(redirected);
+        assert_eq!((numbered(&file.text()), numbered(&error.text())), (vec![0], vec![1, 1]));
+        assert_eq!(by_pid(&error.text()).len(), 2);
+    };
+    isolated("a_child_that_nobody_told_goes_to_fd_2", 60, check_it);
+    let mut setup = common::Setup::default();
+    setup.env.push(("CAREFORK".into(), "off".into()));
+    isolated_with("a_child_that_nobody_told_goes_to_fd_2", 60, setup, check_it);
+}
+
+/// The last words of a thread, when its buffer is gone.
+#[test]
+fn a_thread_local_may_log_when_it_is_dropped() {
+    struct Last(Logger);
+    impl Drop for Last {
+        fn drop(&mut self) {
+            log_by(&self.0, "record 0 1");
+        }
+    }
+    thread_local!(static LAST: std::cell::RefCell<Option<Last>> = const { std::cell::RefCell::new(None) });
+    let file = Scratch::new("last");
+    let logger = Builder::new().output(Output::file(&file.0).expect("a file")).build();
+    let theirs = logger.clone();
+    let body = move || {
+        LAST.set(Some(Last(theirs.clone())));
+        log_by(&theirs, "record 0 0");
+    };
+    thread::spawn(body).join().expect("no panic");
+    assert_eq!(numbered(&file.text()), [0, 1]);
+}
+
+/// What nobody has room for is told at the end, if not before.
+#[test]
+fn flush_tells_what_was_lost() {
+    isolated("flush_tells_what_was_lost", 60, || {
+        // SAFETY: as in the test of the full disk.
+        unsafe { libc::signal(libc::SIGXFSZ, libc::SIG_IGN) };
+        for background in [None, Some(16)] {
+            let file = Scratch::new("told");
+            let builder = background.map_or(Builder::new(), |n| Builder::new().background(n));
+            let logger = builder.output(Output::file(&file.0).expect("a file")).build();
+            limit_files(0);
+            log_by(&logger, "record 0 0");
+            logger.flush();
+            limit_files(libc::RLIM_INFINITY);
+            logger.flush();
+            logger.flush();
+            assert_eq!((lost(&file.text()), file.text().lines().count()), (1, 1), "{}", file.text());
+        }
+    });
 }
 
 #[test]

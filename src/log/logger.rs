@@ -106,6 +106,7 @@ impl Logger {
         match &here.queue {
             Some(queue) if queue.was_started() => queue.flush(),
             _ => {
+                here.losses.tell(&here.sink, &inner.style, inner.generation.load(Acquire) != inner.home, here.hurried);
                 if let Err(e) = here.sink.flush() {
                     here.losses.failed(0, &e);
                 }

@@ -52,7 +52,7 @@ impl Output {
     /// is stuck for longer than a fork's budget makes it fail. Flushed by [`flush`](crate::log::flush), by a background thread also
     /// whenever its queue is empty.
     ///
-    /// No child ever calls it, flushes it or drops it.
+    /// No child ever calls it, flushes it or drops it. What it logs itself goes to fd 2.
     pub fn writer(writer: impl Write + Send + 'static) -> Output {
         Output(Sink::Writer(Mutex::new(Box::new(writer))))
     }

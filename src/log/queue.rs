@@ -56,15 +56,33 @@ impl Losses {
             errno => io::Error::from_raw_os_error(errno).to_string(),
         };
         let tell = |count: &AtomicU64, why: &dyn std::fmt::Display| {
-            let n = count.swap(0, Relaxed);
+            let untold = Untold(count, count.swap(0, Relaxed));
+            if untold.1 == 0 {
+                return;
+            }
             let mut line = Vec::new();
-            style.loss(&mut line, mark, n, why);
-            if n > 0 && sink.put(&line, hurried).is_err() {
-                count.fetch_add(n, Relaxed);
+            style.loss(&mut line, mark, untold.1, why);
+            if sink.put(&line, hurried).is_ok() {
+                untold.told();
             }
         };
         tell(&self.full, &"the queue or the pipe was full");
         tell(&self.failed, &failure);
+    }
+}
+
+/// A count that goes back where it came from unless it was told; a writer may panic.
+struct Untold<'a>(&'a AtomicU64, u64);
+
+impl Untold<'_> {
+    fn told(mut self) {
+        self.1 = 0;
+    }
+}
+
+impl Drop for Untold<'_> {
+    fn drop(&mut self) {
+        self.0.fetch_add(self.1, Relaxed);
     }
 }
 
@@ -218,14 +236,19 @@ impl Worker {
         batch.bytes.clear();
         batch.ends.clear();
         if went {
-            self.guarded(0, |sink| {
-                self.losses.tell(sink, &self.style, self.mark, false);
-                Ok(())
-            });
+            self.tell();
         }
     }
 
+    fn tell(&self) {
+        self.guarded(0, |sink| {
+            self.losses.tell(sink, &self.style, self.mark, false);
+            Ok(())
+        });
+    }
+
     fn flush(&self) {
+        self.tell();
         self.guarded(0, |sink| sink.flush().map_err(|why| Stopped { written: 0, why }));
     }
 

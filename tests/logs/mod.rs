@@ -51,25 +51,34 @@ impl Drop for Scratch {
 
 /// Where a standard stream went before.
 #[must_use]
-pub struct Redirected(OwnedFd, i32);
+pub struct Redirected {
+    before: OwnedFd,
+    stream: i32,
+    path: PathBuf,
+}
 
-/// Sends fd 2 into a file until the answer is dropped, by a panic too, so that its message is seen.
+/// Sends fd 2 into a file until the answer is dropped; by a panic, its message is in the file, and shown.
 pub fn standard_error_to(to: &Scratch) -> Redirected {
     let before = std::io::stderr().as_fd().try_clone_to_owned().expect("fd 2");
     redirect(to.append().as_raw_fd(), 2);
-    Redirected(before, 2)
+    Redirected { before, stream: 2, path: to.0.clone() }
 }
 
 /// The same for fd 1.
 pub fn standard_output_to(to: &Scratch) -> Redirected {
     let before = std::io::stdout().as_fd().try_clone_to_owned().expect("fd 1");
     redirect(to.append().as_raw_fd(), 1);
-    Redirected(before, 1)
+    Redirected { before, stream: 1, path: to.0.clone() }
 }
 
 impl Drop for Redirected {
     fn drop(&mut self) {
-        redirect(self.0.as_raw_fd(), self.1);
+        redirect(self.before.as_raw_fd(), self.stream);
+        if thread::panicking() {
+            let text = std::fs::read(&self.path).unwrap_or_default();
+            let tail = &text[text.len().saturating_sub(4000)..];
+            eprintln!("... {}", String::from_utf8_lossy(tail));
+        }
     }
 }
 
