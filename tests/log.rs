@@ -11,6 +11,7 @@ use carefork::log::{self, Builder, Logger, Output, WhenFull};
 use common::{Verdict, check, isolated, isolated_with, reap, thread_count};
 use drive::{BOTH, Kind, SOON};
 use logs::{Scratch, assert_each_once, by_pid, fork_then, noexec, numbers, standard_error_to, storm, storm_of};
+use std::collections::BTreeMap;
 use std::io::{self, Read, Write};
 use std::os::fd::AsRawFd;
 use std::sync::atomic::{AtomicU64, Ordering::SeqCst};
@@ -85,14 +86,21 @@ fn each_record_once(builder: Builder) {
     for (scratch, lines) in [(&error, wrote[0]), (&own, wrote[1])] {
         let text = scratch.text();
         assert_eq!(text.lines().count(), lines, "{text}");
-        let found = by_pid(&text);
-        assert_eq!(found.values().map(Vec::len).sum::<usize>(), lines, "a line without its pid");
-        found.values().flatten().for_each(|line| assert_whole(line));
-        // Each child's are together, in order.
-        for lines in found.values() {
-            for (n, line) in lines.iter().enumerate() {
-                assert!(line.ends_with(" own") || line.ends_with(&format!(" {n}")), "{lines:?}");
-            }
+        text.lines().for_each(assert_whole);
+        // Each child's are there once, in order, with its pid. (Pids come round again in so many forks.)
+        let mut seen: BTreeMap<&str, Vec<(&str, &str)>> = BTreeMap::new();
+        for line in text.lines() {
+            let pid = line.split_once("[pid ").expect("a pid").1.split(' ').next().expect("split finds one");
+            let (child, what) = line.split_once(" child ").expect("a child's").1.split_once(' ').expect("two");
+            seen.entry(child).or_default().push((pid, what));
+        }
+        for (child, lines) in seen {
+            assert!(lines.iter().all(|(pid, _)| *pid == lines[0].0), "child {child}: {lines:?}");
+            let order: Vec<_> = lines.iter().map(|(_, what)| *what).collect();
+            assert!(
+                [&["0", "1", "2"][..], &["0", "1"], &["0"], &["own"]].contains(&&order[..]),
+                "child {child}: {lines:?}"
+            );
         }
     }
 }
@@ -134,6 +142,9 @@ fn drained(mut from: io::PipeReader) -> thread::JoinHandle<String> {
     })
 }
 
+/// More than a queue and the thread's hands hold.
+const RECORDS: u64 = 300;
+
 /// The thread stuck in a write, the queue full, and some records waiting outside: forks go on, and every record is the parent's.
 fn stuck(when_full: WhenFull, capacity: usize) -> (String, String) {
     let error = Scratch::new("error");
@@ -151,7 +162,7 @@ fn stuck(when_full: WhenFull, capacity: usize) -> (String, String) {
     // Until this thread would have to wait, some of them taken by the thread and in its hands.
     let logging = thread::spawn({
         let logger = logger.clone();
-        move || (0..100).for_each(|n| log(&logger, n))
+        move || (0..RECORDS).for_each(|n| log(&logger, n))
     });
     if when_full == WhenFull::Block {
         drive::a_while();
@@ -161,8 +172,9 @@ fn stuck(when_full: WhenFull, capacity: usize) -> (String, String) {
     }
     for i in 0..40 {
         ends_well(noexec(BOTH[i % 2], || {
+            // The parent's queue is not this process's to wait for, before its first record and after.
+            logger.flush();
             log(&logger, 1000);
-            // The parent's queue is not this process's to wait for.
             logger.flush();
             0
         }));
@@ -193,9 +205,12 @@ fn assert_children_on(error: &str) {
 #[test]
 fn a_full_queue_that_blocks_loses_nothing_at_a_fork() {
     isolated("a_full_queue_that_blocks_loses_nothing_at_a_fork", 60, || {
-        let (text, error) = stuck(WhenFull::Block, 8);
-        assert_eq!(numbered(&text), (0..100).collect::<Vec<_>>());
-        assert_children_on(&error);
+        // The second queue holds more than goes into a pipe at once.
+        for capacity in [8, 90] {
+            let (text, error) = stuck(WhenFull::Block, capacity);
+            assert_eq!(numbered(&text), (0..RECORDS).collect::<Vec<_>>());
+            assert_children_on(&error);
+        }
     });
 }
 
@@ -204,8 +219,8 @@ fn a_full_queue_that_drops_says_how_many() {
     isolated("a_full_queue_that_drops_says_how_many", 60, || {
         let (text, error) = stuck(WhenFull::Drop, 8);
         let written = numbered(&text);
-        assert!(written.is_sorted() && written.len() >= 8 && written.len() < 100, "{written:?}");
-        assert_eq!(written.len() as u64 + lost(&text), 100);
+        assert!(written.is_sorted() && written.len() >= 8 && (written.len() as u64) < RECORDS, "{written:?}");
+        assert_eq!(written.len() as u64 + lost(&text), RECORDS);
         assert_children_on(&error);
     });
 }
@@ -216,8 +231,8 @@ fn a_queue_grows_to_its_bound() {
         let (text, error) = stuck(WhenFull::GrowTo(50), 8);
         let written = numbered(&text);
         // What the thread has in its hands is in the queue no more.
-        assert!(written.starts_with(&(0..50).collect::<Vec<_>>()) && written.len() < 100, "{written:?}");
-        assert_eq!(written.len() as u64 + lost(&text), 100);
+        assert!(written.starts_with(&(0..50).collect::<Vec<_>>()) && (written.len() as u64) < RECORDS, "{written:?}");
+        assert_eq!(written.len() as u64 + lost(&text), RECORDS);
         assert_children_on(&error);
     });
 }
@@ -290,6 +305,33 @@ fn shared() -> &'static AtomicU64 {
     assert_ne!(page, libc::MAP_FAILED);
     // SAFETY: eight zeroed bytes at the start of a page that is never unmapped.
     unsafe { &*page.cast() }
+}
+
+/// Not before the thread has written what it took out of the queue.
+#[test]
+fn flush_waits_for_what_the_thread_has_in_its_hands() {
+    isolated("flush_waits_for_what_the_thread_has_in_its_hands", 60, || {
+        let (mut from, to) = full_pipe();
+        let logger = Builder::new().output(Output::fd(to).expect("a pipe")).background(8).build();
+        log_by(&logger, "record 0 0");
+        // The thread is stuck with the first; the second fills a page of the pipe by itself.
+        drive::a_while();
+        log_by(&logger, &"x".repeat(libc::PIPE_BUF - 150));
+        let flushing = thread::spawn({
+            let logger = logger.clone();
+            move || logger.flush()
+        });
+        drive::a_while();
+        // Room for the first.
+        from.read_exact(&mut [0; libc::PIPE_BUF]).expect("a page");
+        drive::a_while();
+        assert!(!flushing.is_finished(), "flush answered while the second record was not written");
+        let reader = drained(from);
+        flushing.join().expect("no panic");
+        drop(logger);
+        let text = reader.join().expect("no panic");
+        assert_eq!(text.lines().count(), 2);
+    });
 }
 
 /// The end of the process by exit(3), and of a child of `spawn`, writes what is queued.
@@ -735,7 +777,7 @@ fn threads_may_log_inside_regions_through_a_full_queue() {
         });
         logger.flush();
         assert_each_once(&file.text(), &made, |line| Some(numbers(line, "record").expect("a record")));
-        assert_eq!(by_pid(&error.text()).len(), 300);
+        assert_eq!(by_pid(&error.text()).values().map(Vec::len).sum::<usize>(), 300);
     });
 }
 
