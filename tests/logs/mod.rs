@@ -29,7 +29,9 @@ pub struct Scratch(pub PathBuf);
 
 impl Scratch {
     pub fn new(name: &str) -> Scratch {
-        let path = std::env::temp_dir().join(format!("carefork-{name}-{}", std::process::id()));
+        static NEXT: AtomicU64 = AtomicU64::new(0);
+        let number = NEXT.fetch_add(1, SeqCst);
+        let path = std::env::temp_dir().join(format!("carefork-{name}-{}-{number}", std::process::id()));
         drop(std::fs::remove_file(&path));
         Scratch(path)
     }
