@@ -6,15 +6,16 @@
     clippy::type_complexity
 )]
 
-#[allow(clippy::wildcard_imports)]
-use carefork::*;
+use ::log::LevelFilter;
 use carefork::audit::{Care, Descriptor, Fate, Kind};
 use carefork::log::{
     AlreadySet, BadFilter, Builder, Guarded, Logger, NoLogger, Output, RecordWriter, WhenFull, flush, set_output,
 };
 use carefork::report::{CareFdEntry, HookEntry, RegionEntry};
 use carefork::stdio::{Stream, Waiting};
-use carefork::tracing::{Guarded as GuardedMake, GuardedWriter, PerProcess, guarded, per_process};
+use carefork::tracing::{Guarded as GuardedMake, GuardedWriter, PerProcess as PerProcessMake, guarded, per_process};
+#[allow(clippy::wildcard_imports)]
+use carefork::*;
 use std::cell::Cell;
 use std::error::Error;
 use std::fmt::Debug;
@@ -70,13 +71,13 @@ is!(Stream, Waiting => Send + Sync + Debug + Unpin + UnwindSafe + RefUnwindSafe 
 is!(OnFork, Cleanup, Lineage, Stats, NotAChild, Stream, Waiting => Copy + Eq);
 
 // The log.
-is!(Logger, Output, Builder, WhenFull, BadFilter, AlreadySet, NoLogger, PerProcess<io::Sink, ()> => Send + Unpin + Debug);
-is!(Logger, WhenFull, BadFilter, AlreadySet, NoLogger, Guarded<Logger>, PerProcess<io::Sink, ()> => Sync);
-is!(Logger, WhenFull, BadFilter, AlreadySet, NoLogger, PerProcess<io::Sink, ()>, GuardedMake<io::Sink> => Clone);
+is!(Logger, Output, Builder, WhenFull, BadFilter, AlreadySet, NoLogger, PerProcessMake<io::Sink, ()> => Send + Unpin + Debug);
+is!(Logger, WhenFull, BadFilter, AlreadySet, NoLogger, Guarded<Logger>, PerProcessMake<io::Sink, ()> => Sync);
+is!(Logger, WhenFull, BadFilter, AlreadySet, NoLogger, PerProcessMake<io::Sink, ()>, GuardedMake<io::Sink> => Clone);
 is!(BadFilter, AlreadySet, NoLogger => Error + Eq);
-is!(Logger, Guarded<Logger> => log::Log);
+is!(Logger, Guarded<Logger> => ::log::Log);
 is!(Builder, WhenFull => Default);
-is!(Logger, PerProcess<io::Sink, ()>, GuardedMake<fn() -> io::Stderr> => for<'a> MakeWriter<'a>);
+is!(Logger, PerProcessMake<io::Sink, ()>, GuardedMake<fn() -> io::Stderr> => for<'a> MakeWriter<'a>);
 is!(RecordWriter<'static>, GuardedWriter<io::Stderr> => io::Write);
 // It has a region in it.
 is_not!(GuardedWriter<io::Stderr> => Send);
@@ -228,8 +229,8 @@ fn the_log_has_the_functions_it_is_known_by() {
     let _: fn(Guarded<Logger>) -> Logger = Guarded::into_inner;
     let _: fn(Guarded<Logger>, LevelFilter) -> Result<(), AlreadySet> = Guarded::init;
     let _: fn(io::Stderr) -> GuardedMake<io::Stderr> = guarded;
-    let _: fn(fn() -> (io::Sink, ())) -> PerProcess<io::Sink, ()> = per_process;
-    let _: fn(&PerProcess<io::Sink, ()>) = PerProcess::finish;
+    let _: fn(fn() -> (io::Sink, ())) -> PerProcessMake<io::Sink, ()> = per_process;
+    let _: fn(&PerProcessMake<io::Sink, ()>) = PerProcessMake::finish;
 }
 
 /// F5: a word beside the value.
