@@ -1,43 +1,87 @@
-//! The parent's hold on one child (C1's first part): pid, pidfd, wait, kill.
+//! The parent's hold on one child (C1): pid, pidfd, wait, signals.
 
-use crate::carefd::{CareFd, OnFork};
-use crate::region::no_forking;
-use crate::{clock, runtime, sys};
+use crate::reap::body::{Body, FIRST_PAUSE};
+use crate::reap::exit::Exit;
+use crate::reap::orphans;
+use crate::sys_reap::How;
+use crate::{clock, sys};
 use std::io;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
-use std::os::unix::process::ExitStatusExt;
 use std::process::ExitStatus;
 use std::time::Duration;
 
 /// A child of this process.
 ///
-/// Dropping it neither kills nor waits: an unreaped child stays a zombie until this process waits for it or ends. In a
-/// child of this process it is nobody's: waiting and killing are refused there.
+/// Waiting goes by pidfd: a status is this child's or it is lost, never that of another child with the same number. Dropping
+/// a `Child` neither kills nor waits: once it has ended, a [`Reaper`](crate::Reaper) or the next fork or wait of carefork's
+/// reaps it. In a child of this process it is nobody's: waiting and signalling are refused there.
 #[derive(Debug)]
 pub struct Child {
-    pid: u32,
-    /// A care-fd: a sibling forked later has no use for it.
-    pidfd: Option<CareFd<OwnedFd>>,
-    status: Option<ExitStatus>,
-    generation: u64,
+    body: Body,
+    exit: Option<Exit>,
 }
 
 impl Child {
     /// After a fork that succeeded: nothing here can fail it.
     pub(crate) fn new(pid: u32, watched: bool) -> Self {
-        let pidfd = if watched { watch(pid) } else { None };
-        Child { pid, pidfd, status: None, generation: runtime::generation() }
+        Child { body: Body::new(pid, watched), exit: None }
+    }
+
+    /// With the pidfd that the kernel made together with the child.
+    #[allow(dead_code, reason = "for children that clone3 makes")]
+    pub(crate) fn with_pidfd(pid: u32, pidfd: Option<OwnedFd>) -> Self {
+        Child { body: Body::with_pidfd(pid, pidfd), exit: None }
+    }
+
+    /// What it was told to be.
+    pub(crate) fn known_as(mut self, name: Option<&str>, leads: bool) -> Self {
+        self.body.name = name.map(Into::into);
+        self.body.leads = leads;
+        self
+    }
+
+    pub(crate) fn into_parts(mut self) -> (Body, Option<Exit>) {
+        (std::mem::replace(&mut self.body, Body::nobody()), self.exit.take())
+    }
+
+    pub(crate) fn from_body(body: Body, exit: Option<Exit>) -> Self {
+        Child { body, exit }
     }
 
     /// The process id.
     pub fn id(&self) -> u32 {
-        self.pid
+        self.body.pid
+    }
+
+    /// Hands the child over by its number, to code that waits for it by itself: it is not reaped from here any more.
+    ///
+    /// ```
+    /// // SAFETY: the child uses nothing of the parent's.
+    /// let pid = unsafe { carefork::spawn(|| 0) }?.into_id();
+    /// // SAFETY: no status is asked for.
+    /// assert_eq!(unsafe { libc::waitpid(pid as i32, std::ptr::null_mut(), 0) }, pid as i32);
+    /// # Ok::<(), Box<dyn std::error::Error>>(())
+    /// ```
+    pub fn into_id(self) -> u32 {
+        let (body, _) = self.into_parts();
+        body.cross_out();
+        body.pid
+    }
+
+    /// The name it was given ([`ForkOptions::name`](crate::ForkOptions::name)).
+    pub fn name(&self) -> Option<&str> {
+        self.body.name.as_deref().or_else(|| self.exit.as_ref()?.name.as_deref())
     }
 
     /// The pidfd, readable once the child has ended; a care-fd, so that it does not linger in other children. `None` where the kernel or
     /// a filter refused one, or [`ForkOptions::pidfd`](crate::ForkOptions::pidfd) said so: then everything else works still, with the pid.
     pub fn pidfd(&self) -> Option<BorrowedFd<'_>> {
-        self.pidfd.as_ref().and_then(CareFd::get).map(AsFd::as_fd)
+        self.body.pidfd()
+    }
+
+    /// All about its end, once a wait has said that it ended: status, times, memory. Also where the status was lost, and the wait failed.
+    pub fn exit(&self) -> Option<&Exit> {
+        self.exit.as_ref()
     }
 
     /// Waits for the child to end and reaps it; the same status again afterwards.
@@ -45,8 +89,9 @@ impl Child {
     /// # Errors
     /// ECHILD if somebody else took the status (`waitpid(-1)`, an ignored SIGCHLD), or in a process that is not the parent.
     pub fn wait(&mut self) -> io::Result<ExitStatus> {
+        orphans::reap();
         loop {
-            if let Some(status) = self.look(true)? {
+            if let Some(status) = self.look(How::Block)? {
                 return Ok(status);
             }
         }
@@ -57,7 +102,8 @@ impl Child {
     /// # Errors
     /// As for [`Child::wait`].
     pub fn try_wait(&mut self) -> io::Result<Option<ExitStatus>> {
-        self.look(false)
+        orphans::reap();
+        self.look(How::Now)
     }
 
     /// Waits at most `limit`; `None` if the child runs on.
@@ -65,31 +111,18 @@ impl Child {
     /// # Errors
     /// As for [`Child::wait`].
     pub fn wait_timeout(&mut self, limit: Duration) -> io::Result<Option<ExitStatus>> {
-        let limit = u64::try_from(limit.as_nanos()).unwrap_or(u64::MAX);
-        let deadline = clock::now().saturating_add(limit);
-        let mut pause = 100_000;
+        orphans::reap();
+        let deadline = after(limit);
+        let mut pause = FIRST_PAUSE;
         loop {
-            if let Some(status) = self.look(false)? {
+            if let Some(status) = self.look(How::Now)? {
                 return Ok(Some(status));
             }
             let left = deadline.saturating_sub(clock::now());
             if left == 0 {
                 return Ok(None);
             }
-            match &self.pidfd {
-                Some(fd) => {
-                    let ms = i32::try_from(clock::real_wait(left).div_ceil(1_000_000)).unwrap_or(i32::MAX);
-                    match sys::poll_in(fd.as_fd(), ms) {
-                        Err(e) if e.kind() != io::ErrorKind::Interrupted => return Err(e),
-                        _ => {}
-                    }
-                }
-                // Without a pidfd nothing tells of one child's end but asking.
-                None => {
-                    sys::sleep(pause.min(left));
-                    pause = (pause * 2).min(10_000_000);
-                }
-            }
+            self.body.doze(left, &mut pause)?;
         }
     }
 
@@ -106,52 +139,119 @@ impl Child {
     /// # Errors
     /// As for [`Child::kill`].
     pub fn signal(&self, signal: i32) -> io::Result<()> {
-        self.check_parent()?;
-        if self.status.is_some() {
-            return Ok(());
-        }
-        match &self.pidfd {
-            Some(fd) => match sys::pidfd_signal(fd.as_fd(), signal) {
-                // Ended: the same as reaped.
-                Err(e) if e.raw_os_error() == Some(libc::ESRCH) => Ok(()),
-                // An old kernel; a filter.
-                Err(e) if matches!(e.raw_os_error(), Some(libc::ENOSYS | libc::EPERM)) => self.signal_by_pid(signal),
-                r => r,
-            },
-            None => self.signal_by_pid(signal),
-        }
+        self.body.check_parent()?;
+        if self.exit.is_some() { Ok(()) } else { self.body.signal(signal) }
     }
 
-    /// The number is somebody else's once the child was reaped by another `waitpid`. One that comes between the two calls cannot
-    /// be seen: that is what a pidfd is for.
-    fn signal_by_pid(&self, signal: i32) -> io::Result<()> {
-        if sys::is_unreaped(self.pid) { sys::kill(self.pid, signal) } else { Ok(()) }
+    /// Sends a signal to the child and to all in its process group, if it leads a session of its own
+    /// ([`ForkOptions::new_session`](crate::ForkOptions::new_session)); else to the child. Nobody once the child was reaped: the group's
+    /// number may be another's then.
+    ///
+    /// # Errors
+    /// As for [`Child::kill`].
+    pub fn signal_group(&self, signal: i32) -> io::Result<()> {
+        self.body.check_parent()?;
+        if self.exit.is_some() { Ok(()) } else { self.body.signal_all(signal) }
     }
 
-    fn check_parent(&self) -> io::Result<()> {
-        if runtime::generation() == self.generation {
-            return Ok(());
+    /// Ends the child: SIGTERM (and SIGCONT, should it be stopped), and SIGKILL after `grace`.
+    ///
+    /// One that leads a session of its own takes its process group with it: what is left of the group when the leader has ended
+    /// or the grace is over gets SIGKILL.
+    ///
+    /// # Errors
+    /// As for [`Child::wait`]. `TimedOut` if it has not ended five seconds after SIGKILL (a system call that cannot be
+    /// interrupted): it is this child still, and reaped later.
+    ///
+    /// ```
+    /// use std::{thread, time::Duration};
+    /// let asleep = || -> i32 { loop { thread::sleep(Duration::from_secs(1)) } };
+    /// // SAFETY: the child uses nothing of the parent's.
+    /// let mut child = unsafe { carefork::spawn(asleep) }?;
+    /// let status = child.terminate(Duration::from_secs(1))?;
+    /// assert!(!status.success());
+    /// # Ok::<(), Box<dyn std::error::Error>>(())
+    /// ```
+    pub fn terminate(&mut self, grace: Duration) -> io::Result<ExitStatus> {
+        if let Some(status) = self.look_unless_leader()? {
+            return Ok(status);
         }
-        Err(io::Error::from_raw_os_error(libc::ECHILD))
-    }
-
-    fn look(&mut self, block: bool) -> io::Result<Option<ExitStatus>> {
-        self.check_parent()?;
-        if self.status.is_none() {
-            match sys::reap(self.pid, block)? {
-                None => {}
-                Some(Some(raw)) => self.status = Some(ExitStatus::from_raw(raw)),
-                Some(None) => return Err(io::Error::from_raw_os_error(libc::ECHILD)),
+        self.body.ask_to_end()?;
+        let deadline = after(grace);
+        let mut pause = FIRST_PAUSE;
+        while !self.body.has_died() {
+            let left = deadline.saturating_sub(clock::now());
+            if left == 0 {
+                break;
             }
+            self.body.doze(left, &mut pause)?;
         }
-        Ok(self.status)
+        if self.body.leads || !self.body.has_died() {
+            self.body.signal_all(libc::SIGKILL)?;
+        }
+        // By the real clock: the kernel's work, not the child's.
+        let end = sys::monotonic().saturating_add(AFTER_KILL);
+        let mut pause = FIRST_PAUSE;
+        loop {
+            if let Some(status) = self.look(How::Now)? {
+                return Ok(status);
+            }
+            let left = end.saturating_sub(sys::monotonic());
+            if left == 0 {
+                let pid = self.body.pid;
+                let text = format!("child {pid} was sent SIGKILL and has not ended within 5 s; drop it, or wait on");
+                return Err(io::Error::new(io::ErrorKind::TimedOut, text));
+            }
+            self.body.doze(left, &mut pause)?;
+        }
+    }
+
+    /// A leader that has ended keeps its number for its group's sake until the group was signalled.
+    fn look_unless_leader(&mut self) -> io::Result<Option<ExitStatus>> {
+        if self.body.leads && self.exit.is_none() {
+            self.body.check_parent().map(|()| None)
+        } else {
+            self.look(How::Now)
+        }
+    }
+
+    fn look(&mut self, how: How) -> io::Result<Option<ExitStatus>> {
+        self.body.check_parent()?;
+        if self.exit.is_none() {
+            let Some(record) = self.body.look(how)? else { return Ok(None) };
+            self.exit = Some(self.body.exit(record));
+        }
+        match self.exit.as_ref().and_then(Exit::exit_status) {
+            Some(status) => Ok(Some(status)),
+            None => Err(io::Error::from_raw_os_error(libc::ECHILD)),
+        }
     }
 }
 
-fn watch(pid: u32) -> Option<CareFd<OwnedFd>> {
-    let region = no_forking();
-    let pidfd = region.care_cloexec(OnFork::Cleanup, sys::pidfd_open(pid).ok()?).ok()?;
-    drop(region);
-    // The number is this child's as long as nobody has reaped it: then so is the pidfd, which was opened before.
-    sys::is_unreaped(pid).then_some(pidfd)
+/// How long the kernel has for a child that was killed, ns.
+const AFTER_KILL: u64 = 5_000_000_000;
+
+fn after(limit: Duration) -> u64 {
+    clock::now().saturating_add(u64::try_from(limit.as_nanos()).unwrap_or(u64::MAX))
+}
+
+/// The pidfd, for poll(2) and event loops: readable once the child has ended. Wait for it then; never read from it.
+impl AsFd for Child {
+    /// # Panics
+    /// If there is none: [`Child::pidfd`] asks.
+    #[track_caller]
+    fn as_fd(&self) -> BorrowedFd<'_> {
+        match self.pidfd() {
+            Some(fd) => fd,
+            None => panic!("child {} has no pidfd here; Child::pidfd tells, and a Reaper does without", self.body.pid),
+        }
+    }
+}
+
+impl Drop for Child {
+    fn drop(&mut self) {
+        if self.exit.is_none() {
+            orphans::adopt(std::mem::replace(&mut self.body, Body::nobody()));
+        }
+    }
 }

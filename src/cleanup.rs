@@ -3,7 +3,9 @@
 #![allow(unsafe_code)]
 
 use crate::error::NotAChild;
+use crate::reap::sigchld;
 use crate::{care_table, registration, runtime};
+
 use std::os::fd::RawFd;
 
 /// What a clean-up did.
@@ -49,6 +51,7 @@ pub(crate) fn run(keep: &[RawFd]) -> Cleanup {
     if !runtime::first_clean_up() {
         return Cleanup { already: true, ..Cleanup::default() };
     }
+    sigchld::put_back_in_child();
     let (closed, kept) = care_table::clean_up(keep);
     let (hooks, panicked) = registration::clean_up();
     Cleanup { closed, kept, hooks, panicked, already: false }

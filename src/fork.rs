@@ -8,6 +8,7 @@ use crate::gate::{FIRST_BOUND, LAST_BOUND, Slot};
 use crate::in_child::InChild;
 use crate::options::{ForkOptions, Ready};
 use crate::prepare::Outcome;
+use crate::reap::{known, orphans};
 use crate::runtime::{self, Passed, Request, count};
 use crate::{care_table, clock, stdio, sys};
 use std::io::Write;
@@ -149,6 +150,7 @@ impl ForkOptions<'_> {
         if me.in_guard() && !runtime::is_off() {
             return Err(ForkError::Forbidden { entered: me.entered() });
         }
+        orphans::reap();
         runtime::forget_report();
         runtime::verdicts().ready().map_err(ForkError::Os)?;
         let begin = clock::now();
@@ -163,10 +165,14 @@ impl ForkOptions<'_> {
         loop {
             request.ticket = runtime::next_ticket();
             request.let_go_at = Some(let_go_at(request.deadline));
+            // An owner of SIGCHLD must not take the child for a stranger's.
+            let under_way = known::making_one();
             // SAFETY: the caller's promise.
             let (end, passed) = unsafe { once(me, &mut request) };
             let pid = match end {
                 Ok(0) => {
+                    // The parent's count, on a page that need not be copied.
+                    std::mem::forget(under_way);
                     return Ok(Fork::Child(self.begin_child(ready, passed.mask.as_ref())));
                 }
                 Ok(pid) => pid,
@@ -184,7 +190,9 @@ impl ForkOptions<'_> {
                         if let Some(armed) = &ready.armed {
                             armed.wait(|| sys::is_dead(pid));
                         }
-                        return Ok(Fork::Parent(Child::new(pid, self.pidfd)));
+                        let child = Child::new(pid, self.pidfd).known_as(self.name.as_deref(), self.new_session);
+                        drop(under_way);
+                        return Ok(Fork::Parent(child));
                     }
                     FIRST_BOUND
                 }
@@ -193,6 +201,8 @@ impl ForkOptions<'_> {
             };
             // A child that was none: gone, or taken by a waitpid(-1) elsewhere, which is the same.
             drop(sys::reap(pid, true));
+            known::forget_thrown_away(pid);
+            drop(under_way);
             count().thrown_away.fetch_add(1, Relaxed);
             restore(&passed);
             let over = request.deadline.is_some_and(|d| clock::now() >= d);

@@ -29,6 +29,7 @@ mod sys_close;
 mod sys_socket;
 #[cfg(feature = "log")]
 mod sys_write;
+mod sys_reap;
 mod clock;
 mod sync;
 // state
@@ -55,6 +56,7 @@ mod locks;
 mod signals;
 mod options;
 // parent
+mod reap;
 mod child;
 // child
 mod cleanup;
@@ -86,6 +88,12 @@ pub use in_child::InChild;
 pub use lineage::{Lineage, Stats, fork_generation, lineage, set_foreign_budget, stats};
 pub use locks::*;
 pub use options::ForkOptions;
+pub use reap::exit::{Ending, Exit, Usage};
+pub use reap::future::ExitFuture;
+pub use reap::owner::{Claim, SigchldOwner, UnknownChild};
+pub use reap::reaper::{Reaper, WatchError};
+pub use reap::sigchld::Sigchld;
+pub use reap::watched::Watched;
 pub use region::{NoForking, force_unlock, no_forking, try_no_forking};
 pub use registration::{Registration, register};
 pub use report::{Report, report};

@@ -462,6 +462,13 @@ pub(crate) fn generation() -> u64 {
     STATE.generation.load(Relaxed)
 }
 
+/// Whether this process is the one of `generation`: false in every child of it, also one that has not found out yet. Async-signal-safe.
+pub(crate) fn is_still(generation: u64) -> bool {
+    // SAFETY: as in `me`.
+    let alive = unsafe { &*STATE.alive.load(Relaxed) };
+    alive.load(Acquire) == HERE && STATE.generation.load(Relaxed) == generation
+}
+
 /// The generation's low bits, for a thread that has called `me` already.
 #[inline]
 pub(crate) fn generation_here() -> u32 {

@@ -10,7 +10,7 @@ use std::os::fd::{AsRawFd, BorrowedFd, FromRawFd, OwnedFd, RawFd};
 use std::sync::atomic::AtomicU32;
 
 /// Runs `f` and puts errno back as it was.
-fn keep_errno<R>(f: impl FnOnce() -> R) -> R {
+pub(crate) fn keep_errno<R>(f: impl FnOnce() -> R) -> R {
     let saved = errno();
     let r = f();
     set_errno(saved);
@@ -34,11 +34,11 @@ pub(crate) fn set_errno(e: i32) {
 }
 
 /// -1 becomes the error that errno names.
-fn cerr(r: libc::c_long) -> io::Result<libc::c_long> {
+pub(crate) fn cerr(r: libc::c_long) -> io::Result<libc::c_long> {
     if r == -1 { Err(io::Error::from_raw_os_error(errno())) } else { Ok(r) }
 }
 
-fn retry(mut f: impl FnMut() -> libc::c_long) -> io::Result<libc::c_long> {
+pub(crate) fn retry(mut f: impl FnMut() -> libc::c_long) -> io::Result<libc::c_long> {
     loop {
         match cerr(f()) {
             Err(e) if e.raw_os_error() == Some(libc::EINTR) => {}
@@ -107,7 +107,7 @@ pub(crate) fn monotonic() -> u64 {
     (t.tv_sec as u64).wrapping_mul(1_000_000_000).wrapping_add(t.tv_nsec as u64)
 }
 
-fn timespec(ns: u64) -> libc::timespec {
+pub(crate) fn timespec(ns: u64) -> libc::timespec {
     libc::timespec {
         tv_sec: (ns / 1_000_000_000).min(i64::MAX as u64 / 2) as libc::time_t,
         tv_nsec: (ns % 1_000_000_000) as libc::c_long,

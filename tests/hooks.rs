@@ -638,7 +638,7 @@ fn cleanup_runs_in_children_that_go_on_only() {
                 Fork::Parent(child) => child,
                 Fork::Child(token) => raw::exit_now(f(token)),
             };
-            ends_well(child.id() as i32);
+            ends_well(child.into_id() as i32);
         };
         fork(|mut token| {
             token.exec(c"/bin/true", &[c"true"]);

@@ -40,7 +40,7 @@ pub fn coordinated(f: impl FnOnce() -> i32) -> Result<i32, ForkError> {
 pub fn fork_with(options: &ForkOptions<'_>, f: impl FnOnce() -> i32) -> Result<i32, ForkError> {
     // SAFETY: each `f` keeps to what a child may do.
     match unsafe { options.fork() }? {
-        Fork::Parent(child) => Ok(child.id() as i32),
+        Fork::Parent(child) => Ok(child.into_id() as i32),
         // Not by the token: its clean-up is not what is tested here.
         Fork::Child(_token) => raw::exit_now(f()),
     }

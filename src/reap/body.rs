@@ -1,0 +1,247 @@
+//! A child as all its holders see it: `Child`, a reaper's table, the orphans.
+
+use super::exit::{Ending, Exit, Record};
+use super::known::{self, Holder, children};
+use crate::carefd::{CareFd, OnFork};
+use crate::region::no_forking;
+use crate::sys_reap::{self, How, Which};
+use crate::{clock, runtime, sys};
+use std::io;
+use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
+use std::time::Duration;
+
+#[derive(Debug)]
+pub(crate) struct Body {
+    pub(crate) pid: u32,
+    /// A care-fd: a sibling forked later has no use for it.
+    pidfd: Option<CareFd<OwnedFd>>,
+    /// It leads a session of its own, and so a process group.
+    pub(crate) leads: bool,
+    /// Written down in `known`.
+    known: bool,
+    start: u64,
+    generation: u64,
+    pub(crate) name: Option<Box<str>>,
+}
+
+impl Body {
+    /// After a fork that succeeded: nothing here can fail it.
+    pub(crate) fn new(pid: u32, watched: bool) -> Self {
+        Self::with(pid, if watched { watch(pid) } else { None })
+    }
+
+    /// With a pidfd that came with the child.
+    pub(crate) fn with_pidfd(pid: u32, pidfd: Option<OwnedFd>) -> Self {
+        Self::with(pid, pidfd.and_then(|fd| CareFd::new(fd).ok()))
+    }
+
+    fn with(pid: u32, pidfd: Option<CareFd<OwnedFd>>) -> Self {
+        let generation = runtime::generation();
+        let mut body = Body { pid, pidfd, leads: false, known: false, start: clock::now(), generation, name: None };
+        if known::is_wanted() {
+            body.write_down();
+        }
+        body
+    }
+
+    /// In the place of one that was handed on.
+    pub(crate) fn nobody() -> Self {
+        Body { pid: 0, pidfd: None, leads: false, known: false, start: 0, generation: u64::MAX, name: None }
+    }
+
+    pub(crate) fn without_pidfd(mut self) -> Self {
+        // First: the entry there has its number.
+        self.cross_out();
+        self.known = false;
+        self.pidfd = None;
+        self
+    }
+
+    pub(crate) fn pidfd(&self) -> Option<BorrowedFd<'_>> {
+        self.pidfd.as_ref().and_then(CareFd::get).map(AsFd::as_fd)
+    }
+
+    pub(crate) fn has_pidfd(&self) -> bool {
+        self.pidfd.is_some()
+    }
+
+    pub(crate) fn is_ours(&self) -> bool {
+        runtime::generation() == self.generation
+    }
+
+    pub(crate) fn check_parent(&self) -> io::Result<()> {
+        if self.is_ours() { Ok(()) } else { Err(io::Error::from_raw_os_error(libc::ECHILD)) }
+    }
+
+    pub(crate) fn write_down(&mut self) {
+        if !std::mem::replace(&mut self.known, true) {
+            let pidfd = self.pidfd().map_or(-1, |fd| fd.as_raw_fd());
+            children().add(self.pid, self.start, pidfd);
+        }
+    }
+
+    pub(crate) fn hold(&self, holder: Holder) {
+        if self.known {
+            children().hold(self.pid, self.start, holder);
+        }
+    }
+
+    /// What somebody else has found of it; it is not known any more.
+    pub(crate) fn cross_out(&self) -> Option<Record> {
+        if self.known { children().take(self.pid, self.start) } else { None }
+    }
+
+    fn is_not_another(&self) -> bool {
+        !self.known || children().is(self.pid, self.start)
+    }
+
+    /// Reaps the child if it has ended, or waits for that. A status that is gone is a record of its own.
+    pub(crate) fn look(&self, how: How) -> io::Result<Option<Record>> {
+        self.check_parent()?;
+        let got = match self.pidfd() {
+            Some(fd) => sys_reap::wait(Which::Pidfd(fd), how),
+            None => self.look_by_pid(how),
+        };
+        // Linux 5.3 has pidfds and does not wait by them; a filter may let waitpid through and not waitid.
+        let got = match got {
+            Err(e) if matches!(e.raw_os_error(), Some(libc::EINVAL | libc::ENOSYS | libc::EPERM)) => {
+                self.look_by_pid(how)
+            }
+            got => got,
+        };
+        match got {
+            Ok(None) => Ok(None),
+            Ok(Some(ended)) => {
+                self.cross_out();
+                Ok(Some(Record::of(&ended)))
+            }
+            Err(e) if e.raw_os_error() == Some(libc::ECHILD) => {
+                let found = self.cross_out();
+                Ok(Some(found.unwrap_or_else(|| Record::new(Ending::Lost))))
+            }
+            Err(e) => Err(e),
+        }
+    }
+
+    /// The number may have come round again: where this process has given it to another child, that is known.
+    fn look_by_pid(&self, how: How) -> io::Result<Option<sys_reap::Ended>> {
+        if !self.is_not_another() {
+            return Err(io::Error::from_raw_os_error(libc::ECHILD));
+        }
+        sys_reap::wait(Which::Pid(self.pid), how)
+    }
+
+    /// It has ended, and its number is still its own. Not where waitid is refused.
+    fn is_zombie(&self) -> bool {
+        let which = self.pidfd().map_or(Which::Pid(self.pid), Which::Pidfd);
+        matches!(sys_reap::wait(which, How::Peek), Ok(Some(_)))
+    }
+
+    /// It lives, or nobody has reaped it: the number is its own.
+    fn is_unreaped(&self) -> bool {
+        match self.pidfd().map(|fd| sys_reap::wait(Which::Pidfd(fd), How::Peek)) {
+            Some(Ok(_)) => true,
+            Some(Err(e)) if e.raw_os_error() == Some(libc::ECHILD) => false,
+            _ => self.is_not_another() && sys::is_unreaped(self.pid),
+        }
+    }
+
+    /// To the child; one that has ended is left alone.
+    pub(crate) fn signal(&self, signal: i32) -> io::Result<()> {
+        self.check_parent()?;
+        let by_pid = || if self.is_unreaped() { sys::kill(self.pid, signal) } else { Ok(()) };
+        let sent = match self.pidfd() {
+            Some(fd) => match sys::pidfd_signal(fd, signal) {
+                // An old kernel; a filter.
+                Err(e) if matches!(e.raw_os_error(), Some(libc::ENOSYS | libc::EPERM)) => by_pid(),
+                sent => sent,
+            },
+            // Reaped between the two calls by another wait, the number may be somebody else's: that is what a pidfd is for.
+            None => by_pid(),
+        };
+        match sent {
+            // Ended: the same as reaped.
+            Err(e) if e.raw_os_error() == Some(libc::ESRCH) => Ok(()),
+            sent => sent,
+        }
+    }
+
+    /// To the child's process group if it leads one, else to the child. As long as it is not reaped the group's number is its own.
+    pub(crate) fn signal_all(&self, signal: i32) -> io::Result<()> {
+        if !self.leads {
+            return self.signal(signal);
+        }
+        self.check_parent()?;
+        let by_number = || if self.is_unreaped() { sys_reap::kill_group(self.pid, signal) } else { Ok(()) };
+        let sent = match self.pidfd() {
+            Some(fd) => match sys_reap::pidfd_signal_group(fd, signal) {
+                Err(e) if matches!(e.raw_os_error(), Some(libc::EINVAL | libc::ENOSYS | libc::EPERM)) => by_number(),
+                sent => sent,
+            },
+            None => by_number(),
+        };
+        match sent {
+            // Not yet a leader: the fork returned before its setsid.
+            Err(e) if e.raw_os_error() == Some(libc::ESRCH) => self.signal(signal),
+            sent => sent,
+        }
+    }
+
+    /// SIGTERM, to be followed by SIGKILL. A stopped process would not hear of it.
+    pub(crate) fn ask_to_end(&self) -> io::Result<()> {
+        self.signal_all(libc::SIGTERM)?;
+        self.signal_all(libc::SIGCONT)
+    }
+
+    /// Sleeps until the child may have ended, at most `left` ns; `pause` grows where nothing tells of it.
+    pub(crate) fn doze(&self, left: u64, pause: &mut u64) -> io::Result<()> {
+        match self.pidfd() {
+            Some(fd) if !self.is_held_up(*pause) => {
+                let ms = i32::try_from(clock::real_wait(left).div_ceil(1_000_000)).unwrap_or(i32::MAX);
+                match sys::poll_in(fd, ms) {
+                    Err(e) if e.kind() != io::ErrorKind::Interrupted => return Err(e),
+                    Ok(true) => *pause = pause.saturating_add(1),
+                    _ => {}
+                }
+            }
+            _ => {
+                sys::sleep((*pause).min(clock::real_wait(left)));
+                *pause = (*pause * 2).min(LONGEST_PAUSE);
+            }
+        }
+        Ok(())
+    }
+
+    /// The pidfd has said "ended" and a look has not found it so: a debugger has the status first. Poll would not sleep.
+    fn is_held_up(&self, pause: u64) -> bool {
+        pause > FIRST_PAUSE
+    }
+
+    pub(crate) fn has_died(&self) -> bool {
+        self.is_zombie() || !self.is_unreaped()
+    }
+
+    /// An ending that was told once, to be told again.
+    pub(crate) fn take_back(&mut self, exit: Exit) -> Record {
+        self.name = exit.name;
+        let seen = self.start.saturating_add(u64::try_from(exit.ran.as_nanos()).unwrap_or(u64::MAX));
+        Record { status: exit.status, usage: exit.usage, seen }
+    }
+
+    /// What goes to whoever asked.
+    pub(crate) fn exit(&mut self, record: Record) -> Exit {
+        let ran = Duration::from_nanos(record.seen.saturating_sub(self.start));
+        Exit { pid: self.pid, name: self.name.take(), status: record.status, ran, usage: record.usage }
+    }
+}
+
+pub(crate) const FIRST_PAUSE: u64 = 100_000;
+pub(crate) const LONGEST_PAUSE: u64 = 10_000_000;
+
+fn watch(pid: u32) -> Option<CareFd<OwnedFd>> {
+    let region = no_forking();
+    let pidfd = region.care_cloexec(OnFork::Cleanup, sys::pidfd_open(pid).ok()?).ok()?;
+    drop(region);
+    // The number is this child's as long as nobody has reaped it: then so is the pidfd, which was opened before.
+    sys::is_unreaped(pid).then_some(pidfd)
+}

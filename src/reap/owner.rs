@@ -1,0 +1,289 @@
+//! Who owns SIGCHLD, and what becomes of children that nobody knows.
+//!
+//! Known children are found by their pidfds in every arrangement but the main loop's; owning the signal is for those that
+//! are not carefork's (C4), and for programs that keep `waitpid` to themselves.
+
+use super::exit::{Ending, Exit, Record};
+use super::known::{self, HandedIn, Holder, children};
+use super::reaper::{self, ENGINE, Reaper, SIGCHLD, Shared};
+use super::sigchld::{self, Checked, Sigchld};
+use crate::{sys, sys_reap};
+use std::error::Error;
+use std::fmt;
+use std::io;
+use std::os::unix::process::ExitStatusExt as _;
+use std::process::ExitStatus;
+use std::sync::Arc;
+use std::time::Duration;
+
+/// Who owns SIGCHLD and who reaps, for [`Reaper::set_owner`]. From libxl's `libxl_sigchld_owner`.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+#[non_exhaustive]
+pub enum SigchldOwner {
+    /// Nobody here: children are watched by pidfd, no signal is used, no other child is touched.
+    #[default]
+    Nobody,
+    /// The reaper, while it has children: its handler is installed for as long, and it reaps *every* child of the process that ends.
+    WhileChildren,
+    /// The reaper, for as long as it lives; it reaps every child of the process that ends.
+    Always,
+    /// The reaper, for as long as it lives; it reaps its own children only.
+    Selective,
+    /// The program's main loop: it waits, and tells the reaper with [`Reaper::reaped`], or has it look with
+    /// [`Reaper::sigchld_occurred`]. The reaper reaps nobody by itself, and its descriptor does not tell of deaths.
+    MainLoop,
+}
+
+impl SigchldOwner {
+    fn reaps_all(self) -> bool {
+        matches!(self, SigchldOwner::WhileChildren | SigchldOwner::Always)
+    }
+
+    fn wants_signal(self, children: bool) -> bool {
+        match self {
+            SigchldOwner::Nobody | SigchldOwner::MainLoop => false,
+            SigchldOwner::WhileChildren => children,
+            SigchldOwner::Always | SigchldOwner::Selective => true,
+        }
+    }
+}
+
+/// A reaper's arrangement.
+pub(crate) struct Owner {
+    mode: SigchldOwner,
+    /// It is one of the handler's users.
+    holds: bool,
+}
+
+impl Owner {
+    pub(crate) const NOBODY: Owner = Owner { mode: SigchldOwner::Nobody, holds: false };
+
+    pub(crate) fn reaps_itself(&self) -> bool {
+        self.mode != SigchldOwner::MainLoop
+    }
+}
+
+/// What a callback of [`Reaper::on_unknown`] makes of a child.
+#[derive(Debug)]
+#[non_exhaustive]
+pub enum Claim {
+    /// It is the callback's: nothing more is to be done.
+    Mine,
+    /// It is not: others are asked, and if nobody claims it, that is reported on fd 2.
+    NotMine,
+    /// It should not exist: [`Reaper::dispatch`] fails with this.
+    Disaster(Box<dyn Error + Send + Sync>),
+}
+
+pub(crate) type UnknownFn = dyn Fn(&Exit) -> Claim + Send + Sync;
+
+/// A status was brought for a child that this reaper does not watch.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[non_exhaustive]
+pub struct UnknownChild {
+    /// Its number.
+    pub pid: u32,
+    /// The status, unused.
+    pub status: ExitStatus,
+}
+
+impl fmt::Display for UnknownChild {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "child {} ({}) is not one of this reaper's", self.pid, self.status)
+    }
+}
+
+impl Error for UnknownChild {}
+
+impl Reaper {
+    /// Says who owns SIGCHLD, from now on.
+    ///
+    /// Several reapers may want it: they share one handler, which calls the one that was there before (plain or
+    /// `SA_SIGINFO`), and is taken away, and the other restored, when the last of them gives it up. A handler that other code
+    /// installs over it is left alone and reported ([`Reaper::sigchld`]).
+    ///
+    /// Best done before the first fork: a child forked earlier that is held by a [`Child`](crate::Child), not watched, is a
+    /// stranger to a reaper that reaps every child.
+    ///
+    /// # Errors
+    /// As socketpair(2); ECHILD in a child of this process; `BrokenPipe` if the reaper is closed.
+    pub fn set_owner(&self, mode: SigchldOwner) -> io::Result<()> {
+        let shared = self.shared();
+        if !shared.is_ours() {
+            return Err(io::Error::from_raw_os_error(libc::ECHILD));
+        }
+        if mode != SigchldOwner::Nobody {
+            known::want();
+            reaper::all().iter().for_each(|r| r.engine.write_down());
+        }
+        let mut owner = shared.owner.lock();
+        if shared.is_closed() {
+            return Err(io::Error::new(io::ErrorKind::BrokenPipe, "the reaper is closed; make a new one"));
+        }
+        let before = std::mem::replace(&mut owner.mode, mode);
+        if let Some(engine) = shared.engine.epoll() {
+            match (before == SigchldOwner::MainLoop, mode == SigchldOwner::MainLoop) {
+                (false, true) => shared.hear_no_more(engine),
+                (true, false) => shared.hear(engine, ENGINE)?,
+                _ => {}
+            }
+        }
+        adjust(shared, &mut owner)
+    }
+
+    /// Who is asked about children that ended and are not carefork's, when this reaper reaps every child; the status was taken
+    /// by then. Runs in a dispatch of any reaper, with no lock held, and may call back in. Reapers are asked in the order of their making.
+    pub fn on_unknown(&self, f: impl Fn(&Exit) -> Claim + Send + Sync + 'static) {
+        if self.shared().is_ours() {
+            let f: Arc<UnknownFn> = Arc::new(f);
+            let _old = self.shared().unknown.lock().replace(f);
+        }
+    }
+
+    /// The main loop has waited for `pid` and got `status`: if it is one of this reaper's, its callback runs now. A status that says
+    /// "stopped" or "continued" is taken note of and ends nobody.
+    ///
+    /// # Errors
+    /// [`UnknownChild`] if it is not this reaper's, and not held by a [`Child`](crate::Child) either.
+    pub fn reaped(&self, pid: u32, status: ExitStatus) -> Result<(), UnknownChild> {
+        let shared = self.shared();
+        let unknown = Err(UnknownChild { pid, status });
+        if !shared.is_ours() || shared.is_closed() {
+            return unknown;
+        }
+        let ends = status.code().is_some() || status.signal().is_some();
+        let record = Record::new(Ending::from_raw(status.into_raw()));
+        match children().holder(pid) {
+            Some(Holder::Reaper { reaper, index }) if reaper == shared.id => {
+                if ends && let Some(key) = shared.engine.key_at(index, pid) {
+                    shared.finish_with(key, record);
+                }
+                Ok(())
+            }
+            Some(Holder::Asks) => {
+                if ends {
+                    children().hand_in(pid, record);
+                }
+                Ok(())
+            }
+            Some(Holder::Reaper { .. }) => unknown,
+            // A fork that is under way may have made it.
+            None | Some(Holder::Nobody) => {
+                if ends && children().hand_in(pid, record) == HandedIn::Unknown {
+                    children().strangers();
+                }
+                unknown
+            }
+        }
+    }
+
+    /// The main loop has seen SIGCHLD, or thinks that children may have ended: reaps this reaper's own and nobody else's; how many.
+    ///
+    /// # Errors
+    /// As for [`Reaper::dispatch`].
+    pub fn sigchld_occurred(&self) -> io::Result<usize> {
+        if !self.shared().is_ours() {
+            return Err(io::Error::from_raw_os_error(libc::ECHILD));
+        }
+        if self.shared().is_closed() { Ok(0) } else { self.shared().reap_own() }
+    }
+
+    /// Who has SIGCHLD now. One system call.
+    pub fn sigchld(&self) -> Sigchld {
+        sigchld::who()
+    }
+}
+
+/// Takes or gives up the signal, by mode and children.
+fn adjust(shared: &Arc<Shared>, owner: &mut Owner) -> io::Result<()> {
+    let wants = !shared.is_closed() && owner.mode.wants_signal(shared.engine.live() > 0);
+    if wants && !owner.holds {
+        sigchld::acquire()?;
+        owner.holds = true;
+        sigchld::with_reader(|fd| shared.hear(fd, SIGCHLD)).transpose()?;
+    } else if !wants && owner.holds {
+        owner.holds = false;
+        sigchld::with_reader(|fd| shared.hear_no_more(fd));
+        sigchld::release();
+    }
+    Ok(())
+}
+
+/// A child came or went.
+pub(crate) fn children_changed(shared: &Arc<Shared>) {
+    let mut owner = shared.owner.lock();
+    if owner.mode == SigchldOwner::WhileChildren {
+        // Without descriptors for the handler's socket, strangers are found at the next dispatch.
+        drop(adjust(shared, &mut owner));
+    }
+}
+
+/// The reaper closes.
+pub(crate) fn leave(shared: &Arc<Shared>) {
+    let mut owner = shared.owner.lock();
+    owner.mode = SigchldOwner::Nobody;
+    // Giving up cannot fail.
+    drop(adjust(shared, &mut owner));
+}
+
+/// What the signal is for: drains it, and reaps every child where that is asked for. This reaper's among them are for its own
+/// dispatch to find.
+pub(crate) fn before_dispatch(shared: &Arc<Shared>) -> io::Result<()> {
+    let (mode, holds) = {
+        let owner = shared.owner.lock();
+        (owner.mode, owner.holds)
+    };
+    if holds && sigchld::check()? == Checked::Renewed {
+        for reaper in reaper::all() {
+            if reaper.owner.lock().holds {
+                sigchld::with_reader(|fd| reaper.hear(fd, SIGCHLD)).transpose()?;
+            }
+        }
+    }
+    if mode.reaps_all() {
+        reap_all()?;
+        for (pid, record) in children().strangers() {
+            offer(pid, record)?;
+        }
+    } else if mode == SigchldOwner::Selective && sigchld::was_ignored() {
+        // Without our handler the kernel would have thrown these away.
+        reap_all()?;
+        drop(children().strangers());
+    } else if mode == SigchldOwner::MainLoop {
+        // Those were refused already.
+        drop(children().strangers());
+    }
+    Ok(())
+}
+
+/// Reaps every child of this process that has ended. What carefork knows goes to its holder, when that asks.
+fn reap_all() -> io::Result<()> {
+    loop {
+        match sys_reap::wait(sys_reap::Which::Any, sys_reap::How::Peek) {
+            Ok(Some(ended)) => children().reap_found(ended.pid)?,
+            Ok(None) => return Ok(()),
+            Err(e) if e.raw_os_error() == Some(libc::ECHILD) => return Ok(()),
+            Err(e) => return Err(e),
+        }
+    }
+}
+
+/// To whoever claims it.
+fn offer(pid: u32, record: Record) -> io::Result<()> {
+    let exit = Exit { pid, name: None, status: record.status, ran: Duration::ZERO, usage: record.usage };
+    for reaper in reaper::all() {
+        if !reaper.owner.lock().mode.reaps_all() {
+            continue;
+        }
+        let f = reaper.unknown.lock().clone();
+        match f.map(|f| f(&exit)) {
+            Some(Claim::Mine) => return Ok(()),
+            Some(Claim::Disaster(e)) => return Err(io::Error::other(e)),
+            Some(Claim::NotMine) | None => {}
+        }
+    }
+    let status = record.status;
+    let line = format!("carefork: child {pid} {status} and was reaped; nobody knows it (Reaper::on_unknown)\n");
+    sys::say(line.as_bytes());
+    Ok(())
+}

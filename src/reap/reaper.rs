@@ -1,0 +1,372 @@
+//! `Reaper`: one callback for each child, exactly once, for any event loop or none.
+
+use super::engine::{Engine, Key};
+use super::exit::Exit;
+use super::owner::{self, Owner, UnknownFn};
+use super::per_process::PerProcess;
+use super::timer::Timer;
+use super::watched::Watched;
+use super::{channel, orphans};
+use crate::carefd::CareFd;
+use crate::child::Child;
+use crate::locks::Mutex;
+use crate::sys_reap;
+use std::fmt;
+use std::io;
+use std::mem::ManuallyDrop;
+use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd, RawFd};
+use std::sync::atomic::{AtomicBool, AtomicU32, Ordering};
+use std::sync::{Arc, Weak};
+
+/// What happens at a child's end.
+pub(crate) enum Then {
+    Call(Box<dyn FnOnce(Exit) + Send>),
+    /// Into the channel.
+    Send,
+    /// Deregistered.
+    Nothing,
+}
+
+/// Watches children and calls back once for each, when it has ended and was reaped.
+///
+/// It waits by pidfd: no signal, no signal handler, no `waitpid(-1)`, nothing that other code in the process could notice or disturb;
+/// programs that have to share SIGCHLD say so with [`Reaper::set_owner`]. Any number of reapers live side by side. The descriptor
+/// is readable when [`Reaper::dispatch`] has something to do, level-triggered, in any event loop; programs without one use
+/// [`Reaper::receiver`]. A death costs three system calls and a dispatch two more, however many children live.
+///
+/// Handles are cheap to clone, and may be used from any thread and from inside callbacks. When the last one is dropped, or at
+/// [`Reaper::close`], the children that are left are nobody's: no callback, and they are reaped once they end. A callback that owns a
+/// handle keeps the reaper alive until its child has ended.
+///
+/// In a child of this process a reaper is the parent's: everything is refused there, no callback runs, callbacks are
+/// not dropped either. Make a new one.
+///
+/// ```
+/// use std::sync::mpsc;
+/// let reaper = carefork::Reaper::new()?;
+/// let (said, heard) = mpsc::channel();
+/// // SAFETY: the child uses nothing of the parent's.
+/// let child = unsafe { carefork::ForkOptions::new().name("worker").spawn(|| 3) }?;
+/// reaper.watch(child, move |exit| said.send(exit).unwrap())?;
+/// let exit = loop {
+///     // An event loop would wait for the reaper's descriptor.
+///     reaper.dispatch()?;
+///     if let Ok(exit) = heard.try_recv() {
+///         break exit;
+///     }
+/// };
+/// assert_eq!(exit.code(), Some(3));
+/// # Ok::<(), Box<dyn std::error::Error>>(())
+/// ```
+#[derive(Clone)]
+pub struct Reaper {
+    handle: Arc<Handle>,
+}
+
+/// What all handles share; the last one closes.
+struct Handle(ManuallyDrop<Arc<Shared>>);
+
+impl Drop for Handle {
+    fn drop(&mut self) {
+        if self.0.is_ours() {
+            self.0.close();
+            // SAFETY: dropped once, here. In a child nothing is: what callbacks own is the parent's, and a thread that is gone may
+            // have the channel's locks.
+            #[allow(unsafe_code)]
+            unsafe {
+                ManuallyDrop::drop(&mut self.0);
+            }
+        }
+    }
+}
+
+pub(crate) struct Shared {
+    pub(crate) engine: Engine<Then>,
+    /// What users see: engine, orphans, timer and the word of the SIGCHLD handler behind one descriptor.
+    outer: CareFd<OwnedFd>,
+    pub(crate) timer: Timer,
+    closed: AtomicBool,
+    pub(crate) channel: channel::Channel,
+    pub(crate) owner: Mutex<Owner>,
+    pub(crate) unknown: Mutex<Option<Arc<UnknownFn>>>,
+    pub(crate) id: u32,
+}
+
+/// The reapers of this process, in the order of their making.
+pub(crate) struct All {
+    reapers: Mutex<Vec<Weak<Shared>>>,
+    next: AtomicU32,
+}
+
+static ALL: PerProcess<All> = PerProcess::new(|| All { reapers: Mutex::new(Vec::new()), next: AtomicU32::new(1) });
+
+pub(crate) fn all() -> Vec<Arc<Shared>> {
+    ALL.get().reapers.lock().iter().filter_map(Weak::upgrade).collect()
+}
+
+/// Keys of the outer epoll. Nobody reads them, but a trace does.
+pub(crate) const ENGINE: u64 = 0;
+const ORPHANS: u64 = 1;
+pub(crate) const TIMER: u64 = 2;
+pub(crate) const SIGCHLD: u64 = 3;
+
+impl Reaper {
+    /// A reaper with nobody to watch.
+    ///
+    /// # Errors
+    /// As epoll_create1(2): no room for two or three descriptors.
+    pub fn new() -> io::Result<Reaper> {
+        let all = ALL.get();
+        let id = all.next.fetch_add(1, Ordering::Relaxed);
+        let shared = Shared {
+            engine: Engine::new(id)?,
+            outer: CareFd::open_cloexec(sys_reap::epoll)?,
+            timer: Timer::new(),
+            closed: AtomicBool::new(false),
+            channel: channel::Channel::new(),
+            owner: Mutex::new(Owner::NOBODY),
+            unknown: Mutex::new(None),
+            id,
+        };
+        if let Some(fd) = shared.engine.epoll() {
+            shared.hear(fd, ENGINE)?;
+        }
+        if let Some(fd) = orphans::descriptor() {
+            shared.hear(fd, ORPHANS)?;
+        }
+        let shared = Arc::new(shared);
+        let mut reapers = all.reapers.lock();
+        reapers.retain(|r| r.strong_count() > 0);
+        reapers.push(Arc::downgrade(&shared));
+        drop(reapers);
+        Ok(Reaper { handle: Arc::new(Handle(ManuallyDrop::new(shared))) })
+    }
+
+    pub(crate) fn shared(&self) -> &Arc<Shared> {
+        &self.handle.0
+    }
+
+    /// Watches `child`. When it has ended and is out of the table, `then` runs once, in [`Reaper::dispatch`], with no lock held:
+    /// it may watch more, fork, change the owner of SIGCHLD, dispatch, close or drop the reaper. If it panics, the dispatch that it
+    /// runs in unwinds and the next one goes on.
+    ///
+    /// # Errors
+    /// [`WatchError`], with the child: the reaper is closed or the parent's, or epoll has no room (ENOSPC, ENOMEM).
+    pub fn watch(&self, child: Child, then: impl FnOnce(Exit) + Send + 'static) -> Result<Watched, WatchError> {
+        self.shared().add(child, Then::Call(Box::new(then)))
+    }
+
+    /// Watches `child`; its [`Exit`] goes to the [`Reaper::receiver`].
+    ///
+    /// # Errors
+    /// As for [`Reaper::watch`].
+    pub fn send(&self, child: Child) -> Result<Watched, WatchError> {
+        self.shared().add(child, Then::Send)
+    }
+
+    /// Reaps every child that has ended and calls back for each; how many. Does not wait.
+    ///
+    /// For the event loop, when the reaper's descriptor is readable; from any number of threads.
+    ///
+    /// # Errors
+    /// As epoll_wait(2) and waitid(2); ECHILD in a child of the process that made the reaper; what a callback of
+    /// [`Reaper::on_unknown`] called a disaster.
+    pub fn dispatch(&self) -> io::Result<usize> {
+        self.shared().dispatch()
+    }
+
+    /// How many children are watched.
+    pub fn len(&self) -> usize {
+        if self.shared().is_ours() { self.shared().engine.live() } else { 0 }
+    }
+
+    /// Nobody is watched.
+    pub fn is_empty(&self) -> bool {
+        self.len() == 0
+    }
+
+    /// Gives up: no callback runs any more, the children that are left are nobody's and are reaped once they end. For all
+    /// handles; done by the last one that is dropped.
+    pub fn close(&self) {
+        self.shared().close();
+    }
+}
+
+impl Shared {
+    pub(crate) fn is_ours(&self) -> bool {
+        self.engine.is_ours()
+    }
+
+    pub(crate) fn is_closed(&self) -> bool {
+        self.closed.load(Ordering::Acquire)
+    }
+
+    pub(crate) fn outer(&self) -> BorrowedFd<'_> {
+        self.outer.as_fd()
+    }
+
+    /// From now on `fd` makes the reaper's descriptor readable.
+    pub(crate) fn hear(&self, fd: BorrowedFd<'_>, key: u64) -> io::Result<()> {
+        sys_reap::epoll_add(self.outer(), fd, key)
+    }
+
+    pub(crate) fn hear_no_more(&self, fd: BorrowedFd<'_>) {
+        sys_reap::epoll_del(self.outer(), fd);
+    }
+
+    fn add(self: &Arc<Self>, child: Child, then: Then) -> Result<Watched, WatchError> {
+        if !self.is_ours() {
+            return Err(WatchError::new(child, io::Error::from_raw_os_error(libc::ECHILD)));
+        }
+        if self.is_closed() {
+            let closed = io::Error::new(io::ErrorKind::BrokenPipe, "the reaper is closed; make a new one");
+            return Err(WatchError::new(child, closed));
+        }
+        let pid = child.id();
+        let (mut body, exit) = child.into_parts();
+        // Waited for before.
+        let record = exit.map(|exit| Box::new(body.take_back(exit)));
+        match self.engine.add(body, then, record) {
+            Ok(key) => {
+                owner::children_changed(self);
+                self.timer.rearm(self);
+                if self.is_closed() {
+                    // Closed meanwhile: whoever comes later empties the table.
+                    self.abandon();
+                }
+                Ok(Watched::new(self, key, pid))
+            }
+            // Never one that was waited for: only a pidfd can be refused.
+            Err((body, _, error)) => Err(WatchError::new(Child::from_body(body, None), error)),
+        }
+    }
+
+    pub(crate) fn dispatch(self: &Arc<Self>) -> io::Result<usize> {
+        if !self.is_ours() {
+            return Err(io::Error::from_raw_os_error(libc::ECHILD));
+        }
+        if self.is_closed() {
+            return Ok(0);
+        }
+        orphans::reap();
+        owner::before_dispatch(self)?;
+        let itself = self.owner.lock().reaps_itself();
+        let reaped = if itself { self.reap_own()? } else { 0 };
+        self.timer.tick(self);
+        self.timer.rearm(self);
+        owner::children_changed(self);
+        Ok(reaped)
+    }
+
+    /// Every child of this reaper that has ended.
+    pub(crate) fn reap_own(self: &Arc<Self>) -> io::Result<usize> {
+        self.engine.dispatch(|exit, then| {
+            self.deliver(exit, then);
+            !self.is_closed()
+        })
+    }
+
+    /// With no lock held.
+    pub(crate) fn deliver(&self, exit: Exit, then: Then) {
+        match then {
+            Then::Call(f) => f(exit),
+            Then::Send => self.channel.send(exit),
+            Then::Nothing => {}
+        }
+    }
+
+    pub(crate) fn finish_with(&self, key: Key, record: super::exit::Record) -> bool {
+        match self.engine.finish_with(key, record) {
+            Some((exit, then)) => {
+                self.deliver(exit, then);
+                true
+            }
+            None => false,
+        }
+    }
+
+    fn close(self: &Arc<Self>) {
+        if !self.is_ours() || self.closed.swap(true, Ordering::AcqRel) {
+            return;
+        }
+        owner::leave(self);
+        self.channel.close();
+        self.abandon();
+        self.timer.ring();
+    }
+
+    fn abandon(&self) {
+        for entry in self.engine.drain() {
+            let (body, then) = entry.abandon();
+            orphans::adopt(body);
+            // Here, where no lock is held: what a callback owns may be anything.
+            drop(then);
+        }
+    }
+}
+
+/// Readable when [`Reaper::dispatch`] has something to do. An epoll descriptor: watch it for reading, and leave it alone otherwise.
+impl AsFd for Reaper {
+    /// # Panics
+    /// In a child that closed it.
+    #[track_caller]
+    fn as_fd(&self) -> BorrowedFd<'_> {
+        self.shared().outer()
+    }
+}
+
+impl AsRawFd for Reaper {
+    /// # Panics
+    /// In a child that closed it.
+    #[track_caller]
+    fn as_raw_fd(&self) -> RawFd {
+        self.as_fd().as_raw_fd()
+    }
+}
+
+impl fmt::Debug for Reaper {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("Reaper").field("children", &self.len()).finish_non_exhaustive()
+    }
+}
+
+/// A child could not be watched; it comes back with the reason.
+#[derive(Debug)]
+pub struct WatchError {
+    child: Box<Child>,
+    /// Why.
+    pub error: io::Error,
+}
+
+impl WatchError {
+    fn new(child: Child, error: io::Error) -> Self {
+        WatchError { child: Box::new(child), error }
+    }
+
+    /// The child, as it was.
+    pub fn into_child(self) -> Child {
+        *self.child
+    }
+}
+
+impl fmt::Display for WatchError {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "child {} cannot be watched: {}", self.child.id(), self.error)?;
+        if self.error.raw_os_error() == Some(libc::ECHILD) {
+            f.write_str(" (the reaper is another process's; make one here)")?;
+        }
+        Ok(())
+    }
+}
+
+impl std::error::Error for WatchError {
+    fn source(&self) -> Option<&(dyn std::error::Error + 'static)> {
+        Some(&self.error)
+    }
+}
+
+impl From<WatchError> for io::Error {
+    fn from(e: WatchError) -> io::Error {
+        io::Error::new(e.error.kind(), e)
+    }
+}

@@ -1,0 +1,294 @@
+//! The SIGCHLD handler, for reapers that own the signal.
+//!
+//! | the disposition is | we are | what happens |
+//! |---|---|---|
+//! | somebody's, we have no user | out | nothing |
+//! | ours, on top of what was there | held | the handler pokes a socket, then calls what was there |
+//! | somebody's, installed over ours | displaced | left alone, said once; they may call ours, which works on |
+//! | ours again, or of before | | the last user restores what was there, exactly |
+//!
+//! The handler takes no lock, allocates nothing and keeps errno; it reads statics that are written one by one, so it may find
+//! them half changed: the number it pokes is then not the socket that it should be, which it sees (fstat) and counts. In a child
+//! of the process that installed it, it only calls what was there before.
+
+#![allow(unsafe_code)]
+
+use super::per_process::PerProcess;
+use crate::carefd::CareFd;
+use crate::locks::Mutex;
+use crate::{runtime, sys, sys_reap};
+use std::io;
+use std::os::fd::{AsFd, AsRawFd, BorrowedFd, IntoRawFd, OwnedFd};
+use std::os::unix::net::UnixDatagram;
+use std::sync::atomic::{AtomicBool, AtomicI32, AtomicU32, AtomicU64, AtomicUsize, Ordering};
+
+use Ordering::{AcqRel, Acquire, Relaxed, Release};
+
+/// What the handler reads.
+struct Handler {
+    /// The process that it works for, by generation and number.
+    generation: AtomicU64,
+    pid: AtomicU32,
+    /// The socket to poke, and what it must be.
+    fd: AtomicI32,
+    device: AtomicU64,
+    inode: AtomicU64,
+    /// Pokes that found something else under the number.
+    missed: AtomicU32,
+    /// What was there before.
+    before: AtomicUsize,
+    before_flags: AtomicI32,
+    before_mask: AtomicU64,
+    /// Somebody's handler lies over ours. It is true in children, too.
+    displaced: AtomicBool,
+}
+
+static HANDLER: Handler = Handler {
+    generation: AtomicU64::new(u64::MAX),
+    pid: AtomicU32::new(0),
+    fd: AtomicI32::new(-1),
+    device: AtomicU64::new(0),
+    inode: AtomicU64::new(0),
+    missed: AtomicU32::new(0),
+    before: AtomicUsize::new(libc::SIG_DFL),
+    before_flags: AtomicI32::new(0),
+    before_mask: AtomicU64::new(0),
+    displaced: AtomicBool::new(false),
+};
+
+type Plain = extern "C" fn(i32);
+type Informed = extern "C" fn(i32, *mut libc::siginfo_t, *mut libc::c_void);
+
+/// May interrupt itself.
+extern "C" fn on_sigchld(signal: i32, info: *mut libc::siginfo_t, context: *mut libc::c_void) {
+    let errno = sys::errno();
+    if runtime::is_still(HANDLER.generation.load(Acquire)) && sys::getpid() == HANDLER.pid.load(Relaxed) {
+        poke();
+    }
+    let (before, flags) = (HANDLER.before.load(Acquire), HANDLER.before_flags.load(Relaxed));
+    if before != libc::SIG_DFL && before != libc::SIG_IGN {
+        if flags & libc::SA_RESETHAND != 0 {
+            HANDLER.before.store(libc::SIG_DFL, Release);
+        }
+        if flags & libc::SA_SIGINFO == 0 {
+            // SAFETY: without SA_SIGINFO, neither SIG_DFL nor SIG_IGN: the kernel held it for a handler of this type.
+            let f: Plain = unsafe { std::mem::transmute(before) };
+            f(signal);
+        } else {
+            // SAFETY: the same with SA_SIGINFO.
+            let f: Informed = unsafe { std::mem::transmute(before) };
+            f(signal, info, context);
+        }
+    }
+    sys::set_errno(errno);
+}
+
+/// Async-signal-safe.
+fn poke() {
+    let fd = HANDLER.fd.load(Acquire);
+    if sys::identity(fd) == Some((HANDLER.device.load(Relaxed), HANDLER.inode.load(Relaxed))) {
+        // A full socket is as readable as one more byte would make it. What took the number this instant is no socket, or gets a byte.
+        sys_reap::poke_socket(fd);
+    } else {
+        HANDLER.missed.fetch_add(1, Relaxed);
+    }
+}
+
+fn address() -> usize {
+    on_sigchld as Informed as usize
+}
+
+struct State {
+    users: u32,
+    /// Kept once it was made: a handler on another thread may be about to poke it.
+    pair: Option<(CareFd<OwnedFd>, CareFd<OwnedFd>)>,
+    said: bool,
+}
+
+static STATE: PerProcess<Mutex<State>> = PerProcess::new(|| Mutex::new(State { users: 0, pair: None, said: false }));
+
+/// Who has SIGCHLD, as a reaper that wants it sees it.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[non_exhaustive]
+pub enum Sigchld {
+    /// Nobody of carefork's wants it.
+    Free,
+    /// carefork's handler is installed.
+    Held,
+    /// Other code has installed a handler over carefork's, which was left as it is.
+    Displaced,
+}
+
+/// One more user; the first installs the handler.
+///
+/// # Errors
+/// As socketpair(2).
+pub(crate) fn acquire() -> io::Result<()> {
+    let mut state = STATE.get().lock();
+    if state.pair.is_none() {
+        state.pair = Some(make_pair()?);
+    }
+    state.users += 1;
+    if state.users == 1 {
+        HANDLER.pid.store(sys::getpid(), Relaxed);
+        HANDLER.generation.store(runtime::generation(), Release);
+        install();
+    }
+    Ok(())
+}
+
+/// One user less; the last puts back what was there.
+pub(crate) fn release() {
+    let mut state = STATE.get().lock();
+    state.users -= 1;
+    if state.users == 0 {
+        HANDLER.generation.store(u64::MAX, Release);
+        HANDLER.displaced.store(!put_back(), Release);
+    }
+}
+
+fn make_pair() -> io::Result<(CareFd<OwnedFd>, CareFd<OwnedFd>)> {
+    let (reader, writer) = CareFd::open_pair(|| {
+        let (a, b) = UnixDatagram::pair()?;
+        a.set_nonblocking(true)?;
+        b.set_nonblocking(true)?;
+        Ok((OwnedFd::from(a), OwnedFd::from(b)))
+    })?;
+    let fd = writer.as_raw_fd();
+    let (device, inode) = sys::identity(fd).unwrap_or_default();
+    HANDLER.fd.store(-1, Release);
+    HANDLER.device.store(device, Relaxed);
+    HANDLER.inode.store(inode, Relaxed);
+    HANDLER.fd.store(fd, Release);
+    Ok((reader, writer))
+}
+
+fn current() -> libc::sigaction {
+    // SAFETY: sigaction is plain data.
+    let mut now: libc::sigaction = unsafe { std::mem::zeroed() };
+    // SAFETY: only asks.
+    unsafe { libc::sigaction(libc::SIGCHLD, std::ptr::null(), &raw mut now) };
+    now
+}
+
+/// The first 64 signals, which are all there are.
+fn mask_word(action: &mut libc::sigaction) -> &mut u64 {
+    // SAFETY: sa_mask is at least eight bytes, aligned for a word, and plain bits.
+    unsafe { &mut *(&raw mut action.sa_mask).cast::<u64>() }
+}
+
+fn remember(mut action: libc::sigaction) {
+    HANDLER.before_flags.store(action.sa_flags, Relaxed);
+    HANDLER.before_mask.store(*mask_word(&mut action), Relaxed);
+    HANDLER.before.store(action.sa_sigaction, Release);
+}
+
+fn install() {
+    let now = current();
+    if now.sa_sigaction == address() {
+        // Inherited from the parent, or given back by who had displaced it.
+        HANDLER.displaced.store(false, Release);
+        return;
+    }
+    if HANDLER.displaced.load(Acquire) {
+        // Theirs may call ours: calling theirs from ours would never end.
+        return;
+    }
+    // The handler finds what to call, whenever it first runs.
+    remember(now);
+    let handled = now.sa_sigaction != libc::SIG_DFL && now.sa_sigaction != libc::SIG_IGN;
+    let mut ours = now;
+    ours.sa_sigaction = address();
+    let keep = if handled { now.sa_flags & (libc::SA_NODEFER | libc::SA_NOCLDSTOP) } else { libc::SA_NOCLDSTOP };
+    ours.sa_flags = libc::SA_SIGINFO | libc::SA_RESTART | libc::SA_ONSTACK | keep;
+    if !handled {
+        *mask_word(&mut ours) = 0;
+    }
+    // SAFETY: sigaction is plain data.
+    let mut before: libc::sigaction = unsafe { std::mem::zeroed() };
+    // SAFETY: a handler that keeps to what handlers may do, in code that is never unloaded.
+    unsafe { libc::sigaction(libc::SIGCHLD, &raw const ours, &raw mut before) };
+    if before.sa_sigaction != now.sa_sigaction {
+        // Somebody was installing at the same time.
+        remember(before);
+    }
+}
+
+/// False if somebody's handler lies over ours.
+fn put_back() -> bool {
+    if current().sa_sigaction != address() {
+        return false;
+    }
+    // SAFETY: sigaction is plain data.
+    let mut before: libc::sigaction = unsafe { std::mem::zeroed() };
+    before.sa_sigaction = HANDLER.before.load(Acquire);
+    before.sa_flags = HANDLER.before_flags.load(Relaxed);
+    *mask_word(&mut before) = HANDLER.before_mask.load(Relaxed);
+    // SAFETY: what the kernel was given by whoever was there before.
+    unsafe { libc::sigaction(libc::SIGCHLD, &raw const before, std::ptr::null_mut()) };
+    true
+}
+
+/// In the clean-up of a child (K5), which has no reaper yet.
+pub(crate) fn put_back_in_child() {
+    if HANDLER.fd.load(Relaxed) != -1 && !runtime::is_still(HANDLER.generation.load(Acquire)) {
+        put_back();
+    }
+}
+
+/// Before there was a handler of ours, the kernel threw statuses away.
+pub(crate) fn was_ignored() -> bool {
+    HANDLER.before.load(Acquire) == libc::SIG_IGN || HANDLER.before_flags.load(Relaxed) & libc::SA_NOCLDWAIT != 0
+}
+
+pub(crate) fn who() -> Sigchld {
+    if STATE.get().lock().users == 0 {
+        Sigchld::Free
+    } else if current().sa_sigaction == address() {
+        Sigchld::Held
+    } else {
+        Sigchld::Displaced
+    }
+}
+
+/// The end that becomes readable. Under the lock, as the pair may be made anew.
+pub(crate) fn with_reader<R>(f: impl FnOnce(BorrowedFd<'_>) -> R) -> Option<R> {
+    STATE.get().lock().pair.as_ref().map(|(reader, _)| f(reader.as_fd()))
+}
+
+/// What a dispatch looks after.
+#[derive(Debug, PartialEq, Eq)]
+pub(crate) enum Checked {
+    Well,
+    /// The pair was made anew: reapers must hear the new one.
+    Renewed,
+}
+
+/// Drains the pair, finds out whether it is still the one, and says once if the handler was displaced.
+pub(crate) fn check() -> io::Result<Checked> {
+    let mut state = STATE.get().lock();
+    if state.users == 0 {
+        return Ok(Checked::Well);
+    }
+    if current().sa_sigaction != address() && !std::mem::replace(&mut state.said, true) {
+        sys::say(
+            b"carefork: a SIGCHLD handler was installed over carefork's, and left alone; children are watched by pidfd \
+              still, but unknown ones are found late unless it calls what was there before\n",
+        );
+    }
+    let Some((reader, writer)) = &state.pair else { return Ok(Checked::Well) };
+    let expected = Some((HANDLER.device.load(Relaxed), HANDLER.inode.load(Relaxed)));
+    let missed = HANDLER.missed.swap(0, AcqRel) != 0;
+    if !missed && sys::identity(writer.as_raw_fd()) == expected && sys_reap::drain_socket(reader.as_raw_fd()) {
+        return Ok(Checked::Well);
+    }
+    // Somebody closed the numbers (a daemon's clean-up): they are not ours to close.
+    let old = state.pair.replace(make_pair()?);
+    if let Some((reader, writer)) = old {
+        for end in [reader, writer] {
+            let _gone = end.try_into_inner().map(IntoRawFd::into_raw_fd);
+        }
+    }
+    poke();
+    Ok(Checked::Renewed)
+}
