@@ -488,11 +488,12 @@ pub(crate) fn kill(pid: u32, signal: i32) -> io::Result<()> {
 /// The kernel's own sigaction: a handler of 0 is the default. Eight words to the kernel, none through libc, whose copy costs
 /// a fresh child page faults.
 #[repr(C)]
-struct KernelAction {
-    handler: usize,
-    flags: libc::c_ulong,
-    restorer: usize,
-    mask: u64,
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct KernelAction {
+    pub(crate) handler: usize,
+    pub(crate) flags: libc::c_ulong,
+    pub(crate) restorer: usize,
+    pub(crate) mask: u64,
 }
 
 pub(crate) fn default_disposition(signal: i32) {
@@ -508,11 +509,23 @@ pub(crate) fn is_libc_own(signal: i32) -> bool {
 }
 
 pub(crate) fn is_ignored(signal: i32) -> bool {
+    disposition(signal).handler == libc::SIG_IGN
+}
+
+/// As the kernel has it.
+pub(crate) fn disposition(signal: i32) -> KernelAction {
     let mut now = KernelAction { handler: libc::SIG_DFL, flags: 0, restorer: 0, mask: 0 };
     let a = [signal as usize, 0, &raw mut now as usize, size_of::<SigSet>(), 0, 0];
     // SAFETY: `now` is live and has the kernel's layout; nothing is changed.
     unsafe { raw(libc::SYS_rt_sigaction, a) };
-    now.handler == libc::SIG_IGN
+    now
+}
+
+/// Puts back what `disposition` said, to the last bit.
+pub(crate) fn put_disposition(signal: i32, action: &KernelAction) {
+    let a = [signal as usize, std::ptr::from_ref(action) as usize, 0, size_of::<SigSet>(), 0, 0];
+    // SAFETY: `action` has the kernel's layout, and the kernel had it from whoever may install such a handler.
+    unsafe { raw(libc::SYS_rt_sigaction, a) };
 }
 
 extern "C" fn do_nothing(_: i32) {}

@@ -71,8 +71,10 @@ pub(crate) fn wait(which: Which<'_>, how: How) -> io::Result<Option<Ended>> {
             };
         }
     }
-    // SAFETY: waitid fills in these members, or leaves them 0.
-    let (pid, value) = unsafe { (info.si_pid(), info.si_status()) };
+    // SAFETY: waitid fills it in, or leaves it 0.
+    let pid = unsafe { info.si_pid() };
+    // SAFETY: as above.
+    let value = unsafe { info.si_status() };
     if pid == 0 {
         return Ok(None);
     }

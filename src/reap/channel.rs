@@ -99,13 +99,10 @@ fn run(shared: &Arc<Shared>) {
         // A signal or an error ends the sleep as well: whatever it was, a dispatch looks.
         drop(sys::poll_in(shared.outer(), -1));
         // A callback that panics has said so; the others are to be called still.
-        match catch_unwind(AssertUnwindSafe(|| shared.dispatch())) {
-            Ok(Err(e)) => {
-                sys::say(format!("carefork: a reaper's thread cannot dispatch: {e}\n").as_bytes());
-                // Level-triggered: it would be tried again at once.
-                thread::sleep(Duration::from_millis(10));
-            }
-            Ok(Ok(_)) | Err(_) => {}
+        if let Ok(Err(e)) = catch_unwind(AssertUnwindSafe(|| shared.dispatch())) {
+            sys::say(format!("carefork: a reaper's thread cannot dispatch: {e}\n").as_bytes());
+            // Level-triggered: it would be tried again at once.
+            thread::sleep(Duration::from_millis(10));
         }
     }
 }

@@ -129,11 +129,12 @@ impl<T> Engine<T> {
         let mut table = self.table.lock();
         let key = table.vacant();
         let asks = record.is_some() || !body.has_pidfd();
-        if !asks && let (Some(epoll), Some(fd)) = (self.epoll(), body.pidfd()) {
-            if let Err(e) = sys_reap::epoll_add(epoll, fd, key) {
-                table.free.push(split(key).0 as u32);
-                return Err((body, then, e));
-            }
+        if !asks
+            && let (Some(epoll), Some(fd)) = (self.epoll(), body.pidfd())
+            && let Err(e) = sys_reap::epoll_add(epoll, fd, key)
+        {
+            table.free.push(split(key).0 as u32);
+            return Err((body, then, e));
         }
         let (index, _) = split(key);
         if record.is_none() && !body.has_pidfd() {

@@ -37,7 +37,8 @@ struct Handler {
     missed: AtomicU32,
     /// What was there before.
     before: AtomicUsize,
-    before_flags: AtomicI32,
+    before_flags: AtomicU64,
+    before_restorer: AtomicUsize,
     before_mask: AtomicU64,
     /// Somebody's handler lies over ours. It is true in children, too.
     displaced: AtomicBool,
@@ -51,7 +52,8 @@ static HANDLER: Handler = Handler {
     inode: AtomicU64::new(0),
     missed: AtomicU32::new(0),
     before: AtomicUsize::new(libc::SIG_DFL),
-    before_flags: AtomicI32::new(0),
+    before_flags: AtomicU64::new(0),
+    before_restorer: AtomicUsize::new(0),
     before_mask: AtomicU64::new(0),
     displaced: AtomicBool::new(false),
 };
@@ -65,7 +67,7 @@ extern "C" fn on_sigchld(signal: i32, info: *mut libc::siginfo_t, context: *mut 
     if runtime::is_still(HANDLER.generation.load(Acquire)) && sys::getpid() == HANDLER.pid.load(Relaxed) {
         poke();
     }
-    let (before, flags) = (HANDLER.before.load(Acquire), HANDLER.before_flags.load(Relaxed));
+    let (before, flags) = (HANDLER.before.load(Acquire), HANDLER.before_flags.load(Relaxed) as i32);
     if before != libc::SIG_DFL && before != libc::SIG_IGN {
         if flags & libc::SA_RESETHAND != 0 {
             HANDLER.before.store(libc::SIG_DFL, Release);
@@ -163,29 +165,24 @@ fn make_pair() -> io::Result<(CareFd<OwnedFd>, CareFd<OwnedFd>)> {
     Ok((reader, writer))
 }
 
-fn current() -> libc::sigaction {
-    // SAFETY: sigaction is plain data.
-    let mut now: libc::sigaction = unsafe { std::mem::zeroed() };
-    // SAFETY: only asks.
-    unsafe { libc::sigaction(libc::SIGCHLD, std::ptr::null(), &raw mut now) };
-    now
+fn current() -> sys::KernelAction {
+    sys::disposition(libc::SIGCHLD)
 }
 
-/// The first 64 signals, which are all there are.
-fn mask_word(action: &mut libc::sigaction) -> &mut u64 {
-    // SAFETY: sa_mask is at least eight bytes, aligned for a word, and plain bits.
-    unsafe { &mut *(&raw mut action.sa_mask).cast::<u64>() }
+fn is_ours(action: &sys::KernelAction) -> bool {
+    action.handler == address()
 }
 
-fn remember(mut action: libc::sigaction) {
-    HANDLER.before_flags.store(action.sa_flags, Relaxed);
-    HANDLER.before_mask.store(*mask_word(&mut action), Relaxed);
-    HANDLER.before.store(action.sa_sigaction, Release);
+fn remember(action: &sys::KernelAction) {
+    HANDLER.before_flags.store(action.flags, Relaxed);
+    HANDLER.before_restorer.store(action.restorer, Relaxed);
+    HANDLER.before_mask.store(action.mask, Relaxed);
+    HANDLER.before.store(action.handler, Release);
 }
 
 fn install() {
     let now = current();
-    if now.sa_sigaction == address() {
+    if is_ours(&now) {
         // Inherited from the parent, or given back by who had displaced it.
         HANDLER.displaced.store(false, Release);
         return;
@@ -195,37 +192,33 @@ fn install() {
         return;
     }
     // The handler finds what to call, whenever it first runs.
-    remember(now);
-    let handled = now.sa_sigaction != libc::SIG_DFL && now.sa_sigaction != libc::SIG_IGN;
-    let mut ours = now;
-    ours.sa_sigaction = address();
-    let keep = if handled { now.sa_flags & (libc::SA_NODEFER | libc::SA_NOCLDSTOP) } else { libc::SA_NOCLDSTOP };
-    ours.sa_flags = libc::SA_SIGINFO | libc::SA_RESTART | libc::SA_ONSTACK | keep;
-    if !handled {
-        *mask_word(&mut ours) = 0;
-    }
+    remember(&now);
+    let handled = now.handler != libc::SIG_DFL && now.handler != libc::SIG_IGN;
+    let (flags, mask) = if handled { (now.flags as i32, now.mask) } else { (libc::SA_NOCLDSTOP, 0) };
     // SAFETY: sigaction is plain data.
-    let mut before: libc::sigaction = unsafe { std::mem::zeroed() };
+    let mut ours: libc::sigaction = unsafe { std::mem::zeroed() };
+    ours.sa_sigaction = address();
+    // Theirs is called under the mask it was installed with, and for stops only if it wanted them.
+    let keep = flags & (libc::SA_NODEFER | libc::SA_NOCLDSTOP);
+    ours.sa_flags = libc::SA_SIGINFO | libc::SA_RESTART | libc::SA_ONSTACK | keep;
+    // SAFETY: sa_mask is at least eight bytes, aligned for a word, and plain bits.
+    unsafe { (&raw mut ours.sa_mask).cast::<u64>().write(mask) };
     // SAFETY: a handler that keeps to what handlers may do, in code that is never unloaded.
-    unsafe { libc::sigaction(libc::SIGCHLD, &raw const ours, &raw mut before) };
-    if before.sa_sigaction != now.sa_sigaction {
-        // Somebody was installing at the same time.
-        remember(before);
-    }
+    unsafe { libc::sigaction(libc::SIGCHLD, &raw const ours, std::ptr::null_mut()) };
 }
 
 /// False if somebody's handler lies over ours.
 fn put_back() -> bool {
-    if current().sa_sigaction != address() {
+    if !is_ours(&current()) {
         return false;
     }
-    // SAFETY: sigaction is plain data.
-    let mut before: libc::sigaction = unsafe { std::mem::zeroed() };
-    before.sa_sigaction = HANDLER.before.load(Acquire);
-    before.sa_flags = HANDLER.before_flags.load(Relaxed);
-    *mask_word(&mut before) = HANDLER.before_mask.load(Relaxed);
-    // SAFETY: what the kernel was given by whoever was there before.
-    unsafe { libc::sigaction(libc::SIGCHLD, &raw const before, std::ptr::null_mut()) };
+    let before = sys::KernelAction {
+        handler: HANDLER.before.load(Acquire),
+        flags: HANDLER.before_flags.load(Relaxed),
+        restorer: HANDLER.before_restorer.load(Relaxed),
+        mask: HANDLER.before_mask.load(Relaxed),
+    };
+    sys::put_disposition(libc::SIGCHLD, &before);
     true
 }
 
@@ -238,13 +231,13 @@ pub(crate) fn put_back_in_child() {
 
 /// Before there was a handler of ours, the kernel threw statuses away.
 pub(crate) fn was_ignored() -> bool {
-    HANDLER.before.load(Acquire) == libc::SIG_IGN || HANDLER.before_flags.load(Relaxed) & libc::SA_NOCLDWAIT != 0
+    HANDLER.before.load(Acquire) == libc::SIG_IGN || HANDLER.before_flags.load(Relaxed) as i32 & libc::SA_NOCLDWAIT != 0
 }
 
 pub(crate) fn who() -> Sigchld {
     if STATE.get().lock().users == 0 {
         Sigchld::Free
-    } else if current().sa_sigaction == address() {
+    } else if is_ours(&current()) {
         Sigchld::Held
     } else {
         Sigchld::Displaced
@@ -270,7 +263,7 @@ pub(crate) fn check() -> io::Result<Checked> {
     if state.users == 0 {
         return Ok(Checked::Well);
     }
-    if current().sa_sigaction != address() && !std::mem::replace(&mut state.said, true) {
+    if !is_ours(&current()) && !std::mem::replace(&mut state.said, true) {
         sys::say(
             b"carefork: a SIGCHLD handler was installed over carefork's, and left alone; children are watched by pidfd \
               still, but unknown ones are found late unless it calls what was there before\n",
