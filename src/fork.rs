@@ -10,7 +10,7 @@ use crate::options::{ForkOptions, Ready};
 use crate::prepare::Outcome;
 use crate::reap::{known, orphans};
 use crate::runtime::{self, Passed, Request, count};
-use crate::{care_table, clock, stdio, sys};
+use crate::{care_table, clock, replace, stdio, sys};
 use std::io::Write;
 use std::os::fd::{AsRawFd, IntoRawFd};
 use std::panic::{AssertUnwindSafe, catch_unwind};
@@ -296,7 +296,7 @@ unsafe fn once(me: &Slot, request: &mut Request) -> (std::io::Result<u32>, Passe
     me.request.store(place.cast(), Relaxed);
     me.set_entered(true);
     // SAFETY: the caller's promise. The handlers use `request` through the seat while this call lasts, this frame does not.
-    let end = unsafe { sys::fork() };
+    let end = unsafe { replace::fork() };
     me.set_entered(false);
     me.request.store(std::ptr::null_mut(), Relaxed);
     let passed = runtime::passed();

@@ -55,6 +55,8 @@ mod locks;
 // fork
 mod signals;
 mod options;
+mod replace;
+mod fork;
 // parent
 mod reap;
 mod child;
@@ -96,6 +98,7 @@ pub use reap::sigchld::Sigchld;
 pub use reap::watched::Watched;
 pub use region::{NoForking, force_unlock, no_forking, try_no_forking};
 pub use registration::{Registration, register};
+pub use replace::{ForkReplacement, set_fork_replacement};
 pub use report::{Report, report};
 #[cfg(feature = "service")]
 pub use service::{OnChild, Reply, SendError, Service, ServiceBuilder, ServiceError};

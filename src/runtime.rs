@@ -562,6 +562,20 @@ fn take_over(ghosts: bool) {
 
 // -- the handlers
 
+/// What libc's fork would have called, round a fork that calls nothing. Async-signal-safe, as are the other two.
+pub(crate) fn prepare_by_hand() {
+    on_prepare();
+}
+
+/// In the parent, also where no child was made: errno says so.
+pub(crate) fn parent_by_hand() {
+    on_parent();
+}
+
+pub(crate) fn child_by_hand() {
+    on_child();
+}
+
 struct Handlers<'a> {
     mask: &'a mut Option<sys::SigSet>,
     coordinated: bool,

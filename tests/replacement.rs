@@ -1,0 +1,99 @@
+//! A replacement for libc's fork (C5).
+
+#![allow(unsafe_code, clippy::disallowed_methods, clippy::expect_used)]
+
+mod common;
+mod kit;
+
+use carefork::{ForkError, ForkOptions, ForkReplacement, Hook, set_fork_replacement};
+use common::{isolated, raw};
+use kit::{Calls, InRegion, Ran, assert_gate_open, assert_no_child, code, forked};
+use std::sync::atomic::{AtomicI32, Ordering::SeqCst};
+use std::time::Duration;
+
+static SEEN: AtomicI32 = AtomicI32::new(0);
+
+unsafe fn noted() -> i32 {
+    // SAFETY: the caller's promise.
+    let pid = unsafe { libc::fork() };
+    if pid > 0 {
+        SEEN.store(pid, SeqCst);
+    }
+    pid
+}
+
+unsafe fn cloned() -> i32 {
+    // SAFETY: the arguments of a fork; no at-fork handler runs.
+    let pid = unsafe { libc::syscall(libc::SYS_clone, libc::SIGCHLD, 0, 0, 0, 0) } as i32;
+    if pid > 0 {
+        SEEN.store(pid, SeqCst);
+    }
+    pid
+}
+
+unsafe fn fails() -> i32 {
+    // SAFETY: the own thread's errno.
+    unsafe { *libc::__errno_location() = libc::EAGAIN };
+    -1
+}
+
+const BOTH: [ForkReplacement; 2] = [ForkReplacement::Calls(noted), ForkReplacement::Bare(cloned)];
+
+fn set(replacement: Option<ForkReplacement>) {
+    // SAFETY: the functions above answer as fork does.
+    unsafe { set_fork_replacement(replacement) };
+}
+
+#[test]
+fn every_pid_is_seen_and_everything_at_rest() {
+    isolated("every_pid_is_seen_and_everything_at_rest", 60, || {
+        static LOCK: carefork::Mutex<u32> = carefork::Mutex::new(0);
+        let calls = Calls::new();
+        let _hook = calls.register("counted");
+        for (i, replacement) in (1..).zip(BOTH) {
+            set(Some(replacement));
+            let mut child = forked(&ForkOptions::new(), |_| {
+                let rested = LOCK.try_lock().is_some() && !carefork::lineage().dirty && !carefork::lineage().bypass;
+                if rested && carefork::fork_generation() == 1 { 3 } else { 4 }
+            });
+            assert_eq!(child.id().cast_signed(), SEEN.load(SeqCst));
+            assert_eq!(code(&mut child), 3);
+            assert_eq!(calls.ran(), Ran { prepare: i, parent: i, child: i, cleanup: i, ..Ran::default() });
+            assert_gate_open();
+        }
+        set(None);
+        SEEN.store(0, SeqCst);
+        assert_eq!(code(&mut forked(&ForkOptions::new(), |_| 5)), 5);
+        assert_eq!(SEEN.load(SeqCst), 0);
+        assert_no_child();
+    });
+}
+
+#[test]
+fn refused_and_failed() {
+    isolated("refused_and_failed", 60, || {
+        // SAFETY: a child would exit at once.
+        let fork = |options: &ForkOptions<'_>| unsafe { options.fork() }.map(|_| ()).expect_err("no child");
+        for replacement in BOTH {
+            set(Some(replacement));
+            let busy = InRegion::new("busy");
+            let refused = fork(&ForkOptions::new().timeout(Duration::from_millis(20)));
+            assert!(matches!(refused, ForkError::Busy { .. }), "{refused:?}");
+            drop(busy);
+            let veto = carefork::register(Hook::new("veto").try_prepare(|| Err("no".into())));
+            assert!(matches!(fork(&ForkOptions::new()), ForkError::Vetoed { .. }));
+            drop(veto);
+            assert_gate_open();
+            assert_no_child();
+        }
+        // No child was made: hooks hear of it, the error says why.
+        let calls = Calls::new();
+        let _hook = calls.register("counted");
+        set(Some(ForkReplacement::Bare(fails)));
+        let ForkError::Os(e) = fork(&ForkOptions::new()) else { panic!("another error") };
+        assert_eq!(e.raw_os_error(), Some(libc::EAGAIN));
+        assert_eq!(calls.ran(), Ran { prepare: 1, undo: 1, ..Ran::default() });
+        assert_gate_open();
+        raw::Line::new().text("done").send();
+    });
+}
