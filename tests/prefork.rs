@@ -88,6 +88,24 @@ impl Server {
         }
     }
 
+    /// A worker that serves connections, once there is one: the listener is open twice there, and each connection once.
+    fn busy_worker(&self) -> u32 {
+        let sockets = |pid: u32| {
+            let fds = std::fs::read_dir(format!("/proc/{pid}/fd")).into_iter().flatten().flatten();
+            fds.filter(|fd| std::fs::read_link(fd.path()).is_ok_and(|to| to.to_string_lossy().starts_with("socket")))
+                .count()
+        };
+        let end = Instant::now() + LIMIT;
+        loop {
+            let busiest = self.workers().into_iter().map(|(pid, _)| (sockets(pid), pid)).max();
+            match busiest {
+                Some((3.., pid)) => return pid,
+                _ => assert!(Instant::now() < end, "nobody is connected: {busiest:?}"),
+            }
+            thread::yield_now();
+        }
+    }
+
     fn end(mut self) {
         self.signal(libc::SIGTERM);
         self.line(|line| line == "ended");
@@ -155,13 +173,14 @@ fn restarts_refuse_and_lose_nobody() {
     server.until_whole();
     let load = load(&mut server, 6, 16, |server| {
         for _ in 0..2 {
+            server.busy_worker();
             let before: Vec<u32> = server.workers().iter().map(|w| w.0).collect();
             server.signal(libc::SIGHUP);
             server.line(|line| line == "restarted");
             let after = server.workers();
             assert!(!after.iter().any(|(pid, _)| before.contains(pid)), "{before:?} {after:?}");
             // One that drains by itself is replaced.
-            let (one, _) = after[0];
+            let one = server.busy_worker();
             kill(one, libc::SIGTERM);
             server.line(|line| line.starts_with(&format!("worker[{one}] exited with code 0")));
             server.until_whole();
@@ -183,8 +202,7 @@ fn killed_workers_are_replaced() {
     let load = load(&mut server, 6, 16, |server| {
         for i in 0..KILLS {
             server.until_whole();
-            let workers = server.workers();
-            let (one, _) = workers[i as usize % workers.len()];
+            let one = server.busy_worker();
             let signal = if i % 2 == 0 { libc::SIGKILL } else { libc::SIGSEGV };
             kill(one, signal);
             let name = if i % 2 == 0 { "SIGKILL" } else { "SIGSEGV" };
