@@ -7,15 +7,22 @@
 )]
 
 use ::log::LevelFilter;
+#[allow(clippy::wildcard_imports)]
+use carefork::*;
 use carefork::audit::{Care, Descriptor, Fate, Kind};
 use carefork::log::{
     AlreadySet, BadFilter, Builder, Guarded, Logger, NoLogger, Output, RecordWriter, WhenFull, flush, set_output,
+use carefork::{
+    AdoptError, CareFd, Child, Claim, Cleanup, Condvar, Culprit, Culprits, Ending, Exit, ExitFuture, Fork, ForkError,
+    ForkOptions, ForkReplacement, Held, Hook, InChild, LazyLock, Lineage, MappedMutexGuard, MappedRwLockReadGuard,
+    MappedRwLockWriteGuard, Mutex, MutexGuard, NoForking, NotAChild, OnFork, OnceLock, RawCondvar, RawMutex, RawRwLock,
+    Reaper, Registration, RwLock, RwLockReadGuard, RwLockUpgradableReadGuard, RwLockWriteGuard, Sigchld, SigchldOwner,
+    Signals, Stats, UnknownChild, Usage, Veto, WaitTimeoutResult, WatchError, Watched, force_unlock, fork_generation,
+    no_forking, set_foreign_budget, try_no_forking,
 };
 use carefork::report::{CareFdEntry, HookEntry, RegionEntry};
 use carefork::stdio::{Stream, Waiting};
 use carefork::tracing::{Guarded as GuardedMake, GuardedWriter, PerProcess as PerProcessMake, guarded, per_process};
-#[allow(clippy::wildcard_imports)]
-use carefork::*;
 use std::cell::Cell;
 use std::error::Error;
 use std::fmt::Debug;
@@ -69,7 +76,6 @@ is!(ForkOptions<'static>, Signals, OnFork, Cleanup, Lineage, Stats, Culprit, Cul
 is!(ForkOptions<'static>, Signals, Stats, Durations, Cleanup, Culprits => Default);
 is!(Stream, Waiting => Send + Sync + Debug + Unpin + UnwindSafe + RefUnwindSafe + std::fmt::Display);
 is!(OnFork, Cleanup, Lineage, Stats, NotAChild, Stream, Waiting => Copy + Eq);
-
 // The log.
 is!(Logger, Output, Builder, WhenFull, BadFilter, AlreadySet, NoLogger, PerProcessMake<io::Sink, ()> => Send + Unpin + Debug);
 is!(Logger, WhenFull, BadFilter, AlreadySet, NoLogger, Guarded<Logger>, PerProcessMake<io::Sink, ()> => Sync);
@@ -81,6 +87,18 @@ is!(Logger, PerProcessMake<io::Sink, ()>, GuardedMake<fn() -> io::Stderr> => for
 is!(RecordWriter<'static>, GuardedWriter<io::Stderr> => io::Write);
 // It has a region in it.
 is_not!(GuardedWriter<io::Stderr> => Send);
+is!(OnFork, Cleanup, Lineage, Stats, NotAChild => Copy + Eq);
+// A reaper is shared by handles, also from inside callbacks.
+is!(Reaper, Watched, Exit => Clone + Send + Sync + Unpin + Debug);
+is!(Reaper, Child => AsFd);
+is!(ExitFuture => Send + Sync + Unpin + Debug + std::future::Future<Output = io::Result<Exit>>);
+is!(Claim, WatchError => Send + Sync + Debug);
+is!(WatchError, UnknownChild => Error);
+is!(Ending, Usage, Sigchld, SigchldOwner, UnknownChild => Copy + Eq + Debug + Send + Sync);
+is!(ForkReplacement => Copy + Debug + Send + Sync);
+is!(Exit => std::fmt::Display + PartialEq);
+is!(SigchldOwner => Default);
+is!(ForkOptions<'static>, Signals, Stats, Cleanup, Culprits => Default);
 
 // Regions belong to their thread, and so does what holds one.
 is_not!(NoForking => Send);
@@ -164,6 +182,11 @@ fn functions_have_the_types_they_are_known_by() {
     let _: fn(&Child) -> io::Result<()> = Child::kill;
     let _: fn(&Child, i32) -> io::Result<()> = Child::signal;
     let _: for<'a> fn(&'a Child) -> Option<BorrowedFd<'a>> = Child::pidfd;
+    let _: fn(Child) -> u32 = Child::into_id;
+    let _: fn(&Child) -> Option<&str> = Child::name;
+    let _: fn(&Child) -> Option<&Exit> = Child::exit;
+    let _: fn(&Child, i32) -> io::Result<()> = Child::signal_group;
+    let _: fn(&mut Child, Duration) -> io::Result<ExitStatus> = Child::terminate;
     let _: unsafe fn(InChild) -> Cleanup = InChild::cleanup;
     let _: fn(InChild, i32) -> ! = InChild::exit;
 
@@ -231,6 +254,32 @@ fn the_log_has_the_functions_it_is_known_by() {
     let _: fn(io::Stderr) -> GuardedMake<io::Stderr> = guarded;
     let _: fn(fn() -> (io::Sink, ())) -> PerProcessMake<io::Sink, ()> = per_process;
     let _: fn(&PerProcessMake<io::Sink, ()>) = PerProcessMake::finish;
+/// The same for what watches children.
+fn reapers_have_the_types_they_are_known_by() {
+    let _: fn() -> io::Result<Reaper> = Reaper::new;
+    let _: fn(&Reaper, Child, fn(Exit)) -> Result<Watched, WatchError> = Reaper::watch;
+    let _: fn(&Reaper, Child) -> Result<Watched, WatchError> = Reaper::send;
+    let _: fn(&Reaper, Child) -> Result<ExitFuture, WatchError> = Reaper::exit_of;
+    let _: fn(&Reaper) -> io::Result<crossbeam_channel::Receiver<Exit>> = Reaper::receiver;
+    let _: [fn(&Reaper) -> io::Result<usize>; 2] = [Reaper::dispatch, Reaper::sigchld_occurred];
+    let _: fn(&Reaper) -> usize = Reaper::len;
+    let _: fn(&Reaper) -> bool = Reaper::is_empty;
+    let _: fn(&Reaper) = Reaper::close;
+    let _: fn(&Reaper, SigchldOwner) -> io::Result<()> = Reaper::set_owner;
+    let _: fn(&Reaper, fn(&Exit) -> Claim) = Reaper::on_unknown;
+    let _: fn(&Reaper, u32, ExitStatus) -> Result<(), UnknownChild> = Reaper::reaped;
+    let _: fn(&Reaper) -> Sigchld = Reaper::sigchld;
+    let _: fn(&Watched) -> u32 = Watched::id;
+    let _: [fn(&Watched, i32) -> io::Result<()>; 2] = [Watched::signal, Watched::signal_group];
+    let _: [fn(&Watched) -> io::Result<()>; 2] = [Watched::kill, Watched::kill_deregister];
+    let _: fn(&Watched, Duration) -> io::Result<()> = Watched::terminate;
+    let _: fn(&Watched) -> bool = Watched::is_watched;
+    let _: fn(WatchError) -> Child = WatchError::into_child;
+    let _: fn(WatchError) -> io::Error = io::Error::from;
+    let _: fn(&Exit) -> Option<ExitStatus> = Exit::exit_status;
+    let _: [fn(&Exit) -> Option<i32>; 2] = [Exit::code, Exit::signal];
+    let _: [fn(&Exit) -> bool; 2] = [Exit::success, Exit::is_lost];
+    let _: unsafe fn(Option<ForkReplacement>) = carefork::set_fork_replacement;
 }
 
 /// F5: a word beside the value.

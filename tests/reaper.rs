@@ -373,6 +373,73 @@ fn many_threads_dispatch() {
     });
 }
 
+/// Somebody else's `waitpid(-1)`: a status is right or lost, and each is told of once.
+#[test]
+fn beside_a_foreign_waitpid() {
+    isolated("beside_a_foreign_waitpid", 120, || {
+        const N: i32 = 400;
+        let reaper = Reaper::new().expect("a reaper");
+        let exits = reaper.receiver().expect("a receiver");
+        let stop = kit::Stop::default();
+        let mut tally = (0, 0);
+        thread::scope(|s| {
+            s.spawn(|| {
+                while !stop.is_set() {
+                    // SAFETY: no status is asked for.
+                    unsafe { libc::waitpid(-1, std::ptr::null_mut(), libc::WNOHANG) };
+                }
+            });
+            let _stop = stop.on_drop();
+            let mut codes = std::collections::BTreeMap::new();
+            for i in 0..N {
+                let child = forked(&ForkOptions::new(), |_| i % 100 + 1);
+                let name = (child.id(), i % 100 + 1);
+                let (send, told) = unbounded();
+                reaper.watch(child, move |exit| drop(send.send(exit))).expect("watched");
+                codes.insert(i, (name, told));
+            }
+            for ((pid, code), told) in codes.values() {
+                let exit = told.recv_timeout(raw::patience(SOON)).expect("told of");
+                assert_eq!(exit.pid, *pid);
+                assert!(exit.is_lost() || exit.code() == Some(*code), "{exit}, not {code}");
+                assert!(told.recv().is_err(), "told of twice");
+                *(if exit.is_lost() { &mut tally.0 } else { &mut tally.1 }) += 1;
+            }
+        });
+        println!("{} lost, {} not", tally.0, tally.1);
+        assert!(tally.0 > 0, "nothing was stolen: the test says nothing");
+        drop(exits);
+    });
+}
+
+/// C1: a child by itself, polled by its descriptor.
+#[test]
+fn a_child_tells_all() {
+    isolated("a_child_tells_all", 30, || {
+        use std::os::fd::AsFd as _;
+        let mut child = forked(&ForkOptions::new().name("worker"), |_| {
+            let pages = vec![1u8; 8 << 20];
+            i32::from(std::hint::black_box(&pages)[4096] != 1)
+        });
+        assert_eq!(child.name(), Some("worker"));
+        raw::poll_readable(&mut [raw::pollfd(child.as_fd().as_raw_fd())], SOON);
+        assert!(child.exit().is_none());
+        assert!(child.wait().expect("a status").success());
+        let exit = child.exit().expect("it ended").clone();
+        assert_eq!((exit.name.as_deref(), exit.pid, child.name()), (Some("worker"), child.id(), Some("worker")));
+        let usage = exit.usage.expect("not lost");
+        assert!(usage.max_rss >= 8 << 20 && usage.minor_faults > 0, "{usage:?}");
+        assert!(usage.user + usage.system <= exit.ran * 2 + Duration::from_secs(1), "{usage:?} {exit:?}");
+
+        let mut child = forked(&ForkOptions::new(), |_| {
+            // SAFETY: as a crash.
+            unsafe { libc::abort() }
+        });
+        assert!(child.wait().is_ok());
+        assert_eq!(child.exit().and_then(Exit::signal), Some(libc::SIGABRT));
+    });
+}
+
 #[test]
 fn deregistered_children_are_killed_and_reaped_and_not_heard_of() {
     isolated("deregistered_children_are_killed_and_reaped_and_not_heard_of", 30, || {
