@@ -56,7 +56,6 @@ mod locks;
 mod signals;
 mod options;
 mod replace;
-mod fork;
 // parent
 mod reap;
 mod child;

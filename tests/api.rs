@@ -7,22 +7,15 @@
 )]
 
 use ::log::LevelFilter;
-#[allow(clippy::wildcard_imports)]
-use carefork::*;
 use carefork::audit::{Care, Descriptor, Fate, Kind};
 use carefork::log::{
     AlreadySet, BadFilter, Builder, Guarded, Logger, NoLogger, Output, RecordWriter, WhenFull, flush, set_output,
-use carefork::{
-    AdoptError, CareFd, Child, Claim, Cleanup, Condvar, Culprit, Culprits, Ending, Exit, ExitFuture, Fork, ForkError,
-    ForkOptions, ForkReplacement, Held, Hook, InChild, LazyLock, Lineage, MappedMutexGuard, MappedRwLockReadGuard,
-    MappedRwLockWriteGuard, Mutex, MutexGuard, NoForking, NotAChild, OnFork, OnceLock, RawCondvar, RawMutex, RawRwLock,
-    Reaper, Registration, RwLock, RwLockReadGuard, RwLockUpgradableReadGuard, RwLockWriteGuard, Sigchld, SigchldOwner,
-    Signals, Stats, UnknownChild, Usage, Veto, WaitTimeoutResult, WatchError, Watched, force_unlock, fork_generation,
-    no_forking, set_foreign_budget, try_no_forking,
 };
 use carefork::report::{CareFdEntry, HookEntry, RegionEntry};
 use carefork::stdio::{Stream, Waiting};
 use carefork::tracing::{Guarded as GuardedMake, GuardedWriter, PerProcess as PerProcessMake, guarded, per_process};
+#[allow(clippy::wildcard_imports)]
+use carefork::*;
 use std::cell::Cell;
 use std::error::Error;
 use std::fmt::Debug;
@@ -254,7 +247,10 @@ fn the_log_has_the_functions_it_is_known_by() {
     let _: fn(io::Stderr) -> GuardedMake<io::Stderr> = guarded;
     let _: fn(fn() -> (io::Sink, ())) -> PerProcessMake<io::Sink, ()> = per_process;
     let _: fn(&PerProcessMake<io::Sink, ()>) = PerProcessMake::finish;
+}
+
 /// The same for what watches children.
+#[test]
 fn reapers_have_the_types_they_are_known_by() {
     let _: fn() -> io::Result<Reaper> = Reaper::new;
     let _: fn(&Reaper, Child, fn(Exit)) -> Result<Watched, WatchError> = Reaper::watch;
