@@ -1,11 +1,12 @@
 //! The parent's hold on one child (C1): pid, pidfd, wait, signals.
 
+use crate::carefd::CareFd;
 use crate::reap::body::{Body, FIRST_PAUSE};
 use crate::reap::exit::Exit;
 use crate::reap::orphans;
 use crate::sys_reap::How;
 use crate::{clock, sys};
-use std::io;
+use std::io::{self, PipeReader, PipeWriter};
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::process::ExitStatus;
 use std::time::Duration;
@@ -17,6 +18,12 @@ use std::time::Duration;
 /// reaps it. In a child of this process it is nobody's: waiting and signalling are refused there.
 #[derive(Debug)]
 pub struct Child {
+    /// The writing end of its standard input, where [`Command`](crate::Command) was asked for a pipe.
+    pub stdin: Option<CareFd<PipeWriter>>,
+    /// The reading end of its standard output, where [`Command`](crate::Command) was asked for a pipe.
+    pub stdout: Option<CareFd<PipeReader>>,
+    /// The reading end of its standard error, where [`Command`](crate::Command) was asked for a pipe.
+    pub stderr: Option<CareFd<PipeReader>>,
     body: Body,
     exit: Option<Exit>,
 }
@@ -24,13 +31,12 @@ pub struct Child {
 impl Child {
     /// After a fork that succeeded: nothing here can fail it.
     pub(crate) fn new(pid: u32, watched: bool) -> Self {
-        Child { body: Body::new(pid, watched), exit: None }
+        Child::from_body(Body::new(pid, watched), None)
     }
 
     /// With the pidfd that the kernel made together with the child.
-    #[allow(dead_code, reason = "for children that clone3 makes")]
     pub(crate) fn with_pidfd(pid: u32, pidfd: Option<OwnedFd>) -> Self {
-        Child { body: Body::with_pidfd(pid, pidfd), exit: None }
+        Child::from_body(Body::with_pidfd(pid, pidfd), None)
     }
 
     /// What it was told to be.
@@ -45,7 +51,7 @@ impl Child {
     }
 
     pub(crate) fn from_body(body: Body, exit: Option<Exit>) -> Self {
-        Child { body, exit }
+        Child { stdin: None, stdout: None, stderr: None, body, exit }
     }
 
     /// The process id.
@@ -84,11 +90,12 @@ impl Child {
         self.exit.as_ref()
     }
 
-    /// Waits for the child to end and reaps it; the same status again afterwards.
+    /// Waits for the child to end and reaps it; the same status again afterwards. Closes `stdin` first, for which the child may wait.
     ///
     /// # Errors
     /// ECHILD if somebody else took the status (`waitpid(-1)`, an ignored SIGCHLD), or in a process that is not the parent.
     pub fn wait(&mut self) -> io::Result<ExitStatus> {
+        drop(self.stdin.take());
         orphans::reap();
         loop {
             if let Some(status) = self.look(How::Block)? {

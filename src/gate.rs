@@ -551,6 +551,19 @@ impl<S: Seats> Gate<S> {
         self.release_role();
     }
 
+    /// After a child that shares this memory was to `reopen` and `drop_role` for `me`, and may have been killed on the way: does
+    /// what it left undone.
+    #[cfg(not(loom))]
+    pub(crate) fn finish_for(&self, me: &Slot, shut: u32) {
+        self.reopen(shut);
+        // Only this thread, and a child that acts for it, put its id there.
+        if self.role.load(Acquire) == me.id() {
+            self.drop_role(me);
+        } else {
+            self.next_turn();
+        }
+    }
+
     fn release_role(&self) {
         self.role.store(0, if fault("role_relaxed") { Relaxed } else { Release });
         self.next_turn();

@@ -64,6 +64,16 @@ mod cleanup;
 mod in_child;
 // and the step between them, which hands out both
 mod fork;
+// exec
+mod sys_exec;
+mod dumpable;
+mod exec_plan;
+mod exec_child;
+mod exec_start;
+mod command_error;
+mod command_env;
+mod command_stdio;
+mod command;
 // subsystems
 #[cfg(feature = "service")]
 mod service;
@@ -81,6 +91,9 @@ pub use audit::{Audit, audit, audit_of};
 pub use carefd::{AdoptError, CareFd, OnFork};
 pub use child::Child;
 pub use cleanup::{Cleanup, postfork_child_noexec};
+pub use command::{Command, Resource};
+pub use command_error::{CommandError, Step};
+pub use command_stdio::Stdio;
 pub use durations::Durations;
 pub use error::{Culprit, Culprits, ForkError, NotAChild};
 pub use fork::{Fork, fork, spawn};

@@ -56,6 +56,22 @@ impl Signals {
         }
     }
 
+    /// In a child that is about to exec, with every signal blocked: no handler is left that could run once they are not, and the program
+    /// finds ignored what this says. Async-signal-safe; also for a child that shares this memory, since dispositions are its own.
+    pub(crate) fn for_program(&self) {
+        for s in (1..=LAST).filter(|s| !matches!(*s, libc::SIGKILL | libc::SIGSTOP)) {
+            let reset = match self {
+                // Asking first would cost as much.
+                Signals::Reset => true,
+                Signals::Inherit => sys::is_caught(s),
+                Signals::List(list) => list.contains(&s) || sys::is_caught(s),
+            };
+            if reset {
+                sys::default_disposition(s);
+            }
+        }
+    }
+
     /// The child's mask, from the parent's.
     pub(crate) fn mask(&self, before: &sys::SigSet, given: Option<&sys::SigSet>) -> sys::SigSet {
         match (given, self) {

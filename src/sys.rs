@@ -56,7 +56,7 @@ pub(crate) fn retry(mut f: impl FnMut() -> libc::c_long) -> io::Result<libc::c_l
 /// As for the call.
 #[cfg(target_arch = "x86_64")]
 #[inline]
-unsafe fn raw(number: libc::c_long, a: [usize; 6]) -> isize {
+pub(crate) unsafe fn raw(number: libc::c_long, a: [usize; 6]) -> isize {
     let answer: isize;
     // SAFETY: the kernel's convention for x86_64: number and answer in rax, rcx and r11 lost. What the call does to memory is
     // the caller's.
@@ -78,7 +78,7 @@ unsafe fn raw(number: libc::c_long, a: [usize; 6]) -> isize {
 /// As for the call.
 #[cfg(target_arch = "aarch64")]
 #[inline]
-unsafe fn raw(number: libc::c_long, a: [usize; 6]) -> isize {
+pub(crate) unsafe fn raw(number: libc::c_long, a: [usize; 6]) -> isize {
     let answer: isize;
     // SAFETY: the kernel's convention for aarch64: number in x8, answer in x0.
     unsafe {
@@ -359,6 +359,21 @@ pub(crate) fn block_all() -> SigSet {
     before
 }
 
+/// Blocks every signal there is, libc's own as well; the mask from before.
+pub(crate) fn block_everything() -> SigSet {
+    let mut before = 0;
+    sigprocmask(&u64::MAX, Some(&mut before));
+    before
+}
+
+pub(crate) fn current_mask() -> SigSet {
+    let mut now = 0;
+    let a = [libc::SIG_BLOCK as usize, 0, &raw mut now as usize, size_of::<SigSet>(), 0, 0];
+    // SAFETY: `now` is live and of the kernel's size; nothing is changed.
+    unsafe { raw(libc::SYS_rt_sigprocmask, a) };
+    now
+}
+
 pub(crate) fn set_mask(mask: &SigSet) {
     sigprocmask(mask, None);
 }
@@ -528,6 +543,10 @@ pub(crate) fn put_disposition(signal: i32, action: &KernelAction) {
     unsafe { raw(libc::SYS_rt_sigaction, a) };
 }
 
+pub(crate) fn is_caught(signal: i32) -> bool {
+    !matches!(disposition(signal).handler, libc::SIG_DFL | libc::SIG_IGN)
+}
+
 extern "C" fn do_nothing(_: i32) {}
 
 /// Where a handler returns to: rt_sigreturn, in the very bytes by which debuggers know it. libc has the same, but keeps it to
@@ -625,6 +644,15 @@ pub(crate) fn poll_in(fd: BorrowedFd<'_>, ms: i32) -> io::Result<bool> {
     let mut p = libc::pollfd { fd: fd.as_raw_fd(), events: libc::POLLIN, revents: 0 };
     // SAFETY: one live pollfd.
     cerr(unsafe { libc::poll(&mut p, 1, ms) }.into()).map(|n| n > 0)
+}
+
+/// Waits for either of two to become readable; which of them are, or have come to their end.
+pub(crate) fn poll_either(fds: [Option<BorrowedFd<'_>>; 2]) -> io::Result<[bool; 2]> {
+    // A negative number is passed over.
+    let mut p = fds.map(|fd| libc::pollfd { fd: fd.map_or(-1, |fd| fd.as_raw_fd()), events: libc::POLLIN, revents: 0 });
+    // SAFETY: two live pollfds.
+    retry(|| unsafe { libc::poll(p.as_mut_ptr(), 2, -1) }.into())?;
+    Ok(p.map(|p| p.revents != 0))
 }
 
 /// Whether `pid` is a child of this process that lives or was not waited for yet.

@@ -61,15 +61,16 @@ fn close_listed(first: u32, last: u32) -> bool {
     complete
 }
 
-/// Calls `f` with each number that the directory `dir` lists.
-fn walk(dir: i32, mut f: impl FnMut(u32)) -> bool {
+/// Calls `f` with each number that the directory `dir` lists; false if it could not be read to its end. Leaves errno alone.
+pub(crate) fn walk(dir: i32, mut f: impl FnMut(u32)) -> bool {
     // struct linux_dirent64: inode 8, offset 8, record length 2, type 1, then the name with its final zero.
     const LENGTH: usize = 16;
     const NAME: usize = 19;
     let mut buf = [0u8; 2048];
     loop {
         // SAFETY: pointer and length are those of `buf`, which is ours to write.
-        let got = unsafe { libc::syscall(libc::SYS_getdents64, dir, buf.as_mut_ptr(), buf.len()) };
+        let got =
+            unsafe { sys::raw(libc::SYS_getdents64, [dir as usize, buf.as_mut_ptr() as usize, buf.len(), 0, 0, 0]) };
         let Ok(got @ 1..) = usize::try_from(got) else { return got == 0 };
         let mut rest = &buf[..got];
         while rest.len() > NAME {
