@@ -194,8 +194,9 @@ pub(crate) unsafe fn write_pid(at: *mut u8) {
         }
     }
     for (i, digit) in digits.iter().skip(10 - count).enumerate() {
+        let place = at.wrapping_add(i);
         // SAFETY: at most ten digits and the last element, which is zero.
-        unsafe { at.add(i).write(*digit) };
+        unsafe { place.write(*digit) };
     }
 }
 
