@@ -50,11 +50,24 @@ fn identity(fd: i32) -> Option<(u64, u64)> {
 
 /// A file of its own inode, at this very number.
 fn place(number: i32, close_on_exec: bool) {
-    let file = raw::memfd();
+    place_from(number, close_on_exec, 200);
+}
+
+fn place_from(number: i32, close_on_exec: bool, spare: i32) {
+    let file = above(raw::memfd().as_fd(), spare);
     let flags = if close_on_exec { libc::O_CLOEXEC } else { 0 };
     // SAFETY: the test's own process, in which these numbers are nobody else's.
     let done = unsafe { libc::dup3(file.as_raw_fd(), number, flags) };
     assert_eq!(done, number);
+}
+
+/// A copy above all numbers that are played with.
+fn above(fd: BorrowedFd<'_>, least: i32) -> OwnedFd {
+    // SAFETY: an integer argument.
+    let copy = unsafe { libc::fcntl(fd.as_raw_fd(), libc::F_DUPFD_CLOEXEC, least) };
+    assert!(copy >= least);
+    // SAFETY: the kernel just gave us this number.
+    unsafe { OwnedFd::from_raw_fd(copy) }
 }
 
 fn close(number: i32) {
@@ -72,13 +85,7 @@ struct Streams([OwnedFd; 3]);
 
 impl Streams {
     fn aside() -> Streams {
-        Streams([0, 1, 2].map(|n| {
-            // SAFETY: an integer argument.
-            let fd = unsafe { libc::fcntl(n, libc::F_DUPFD_CLOEXEC, 200) };
-            assert!(fd >= 200);
-            // SAFETY: the kernel just gave us this number.
-            unsafe { OwnedFd::from_raw_fd(fd) }
-        }))
+        Streams([0, 1, 2].map(|n| above(borrowed(n), 200)))
     }
 }
 
@@ -136,7 +143,7 @@ fn run(case: &Case, program: &Path, to: &Path) -> (Table, Table) {
     let fds: BTreeMap<i32, BorrowedFd<'_>> = case.wanted.iter().map(|(&to, &from)| (to, borrowed(from))).collect();
     let mut command = Command::new(program);
     for (&number, fd) in &fds {
-        let own = || Stdio::from(fd.try_clone_to_owned().expect("a number is free"));
+        let own = || Stdio::from(above(fd.as_fd(), 100));
         match number {
             0 if case.by_stdio => drop(command.stdin(own())),
             1 if case.by_stdio => drop(command.stdout(own())),
@@ -227,7 +234,7 @@ fn a_thousand_descriptors_in_one_ring() {
     isolated_with("a_thousand_descriptors_in_one_ring", 60, setup, || {
         let to = std::env::temp_dir().join(format!("carefork-fdlist-{}", std::process::id()));
         let (first, last) = (40, 1039);
-        (first..=last).for_each(|n| place(n, n % 3 == 0));
+        (first..=last).for_each(|n| place_from(n, n % 3 == 0, 1050));
         let fds: Vec<BorrowedFd<'_>> = (first..=last).map(borrowed).collect();
         let mut command = Command::new(&program);
         let mut expected: Table = (0..3).map(|n| (n, identity(n).expect("open"))).collect();
