@@ -1,0 +1,293 @@
+//! Starts beside regions and forks: what a program's start waits for, what waits for it, and what its child does meanwhile.
+
+#![allow(unsafe_code, clippy::disallowed_methods, clippy::expect_used, clippy::cast_sign_loss)]
+
+mod common;
+mod kit;
+
+use carefork::{Command, ForkOptions, Signals, no_forking};
+use common::{Setup, check, count_syscalls, isolated, raw, self_fds, strace};
+use kit::Stop;
+use std::alloc::{GlobalAlloc, Layout, System};
+use std::sync::atomic::Ordering::SeqCst;
+use std::sync::atomic::{AtomicBool, AtomicU32, AtomicU64};
+use std::thread;
+
+/// Ends a process that is not the one it was told of: a program's child that shares the memory, between clone and exec.
+struct OnlyHere;
+
+#[global_allocator]
+static ALLOC: OnlyHere = OnlyHere;
+static HERE: AtomicU32 = AtomicU32::new(0);
+
+fn only_here() {
+    let here = HERE.load(SeqCst);
+    if here != 0 && here != raw::getpid() as u32 {
+        raw::Line::new().text("allocated between clone and exec").send();
+        raw::exit_now(77);
+    }
+}
+
+// SAFETY: every call is handed to `System` as it came, or does not return.
+unsafe impl GlobalAlloc for OnlyHere {
+    unsafe fn alloc(&self, layout: Layout) -> *mut u8 {
+        only_here();
+        // SAFETY: our caller's promise.
+        unsafe { System.alloc(layout) }
+    }
+
+    unsafe fn dealloc(&self, ptr: *mut u8, layout: Layout) {
+        only_here();
+        // SAFETY: our caller's promise.
+        unsafe { System.dealloc(ptr, layout) }
+    }
+}
+
+#[test]
+fn the_child_allocates_nothing() {
+    isolated("the_child_allocates_nothing", 30, || {
+        HERE.store(raw::getpid() as u32, SeqCst);
+        let (a, b) = (raw::memfd(), raw::memfd());
+        let mut command = Command::new("true");
+        command.pass_fd_as(&a, 100).pass_fd_as(&b, 101).session(true).umask(0).current_dir("/").death_signal(9);
+        command.rlimit(carefork::Resource::Core, 0, 0).env("A", "B");
+        for signals in [Signals::Reset, Signals::Inherit, Signals::List(vec![libc::SIGINT])] {
+            assert_eq!(command.signals(signals).status().expect("it starts").code(), Some(0));
+        }
+        assert!(command.current_dir("/nonexistent").status().is_err());
+        assert!(Command::new("/nonexistent").status().is_err());
+        HERE.store(0, SeqCst);
+    });
+}
+
+/// The table of `exec_child.rs`.
+#[test]
+fn the_child_takes_its_steps_in_order() {
+    let root = common::can_change_user();
+    let calls = count_syscalls("the_child_takes_its_steps_in_order", 60, Setup::default(), || {
+        let (a, b) = (raw::memfd(), raw::memfd());
+        let mut command = Command::new("true");
+        command.pass_fd_as(&a, 100).pass_fd_as(&b, 101).session(true).umask(0).current_dir("/").death_signal(9);
+        command.rlimit(carefork::Resource::Core, 0, 0);
+        if root {
+            command.uid(1).gid(1);
+        }
+        assert!(command.status().expect("it starts").success());
+    });
+    let Some(calls) = calls else { return };
+    let clone = calls.iter().position(|c| c.name == "clone" && c.line.contains("CLONE_VFORK")).expect("a vfork");
+    assert!(calls[clone].line.contains("CLONE_PIDFD"), "{}", calls[clone].line);
+    let child = calls[clone].line.rsplit("= ").next().and_then(|n| n.trim().parse().ok()).expect("a pid");
+    let mut names: Vec<&str> = calls.iter().filter(|c| c.pid == child).map(|c| c.name.as_str()).collect();
+    let exec = names.iter().position(|n| *n == "execve").expect("an exec");
+    names.truncate(exec + 1);
+    names.dedup();
+    let user: &[&str] = if root { &["getuid", "setgroups", "setgid", "setuid"] } else { &[] };
+    let mut wanted = vec!["rt_sigaction", "setsid", "dup3", "close_range", "umask", "prlimit64"];
+    wanted.extend(user);
+    wanted.extend(["chdir", "prctl", "getppid", "rt_sigprocmask", "execve"]);
+    // A mapping for the pidfd's word, and a wake-up at the gate, come first where they are needed.
+    names.retain(|n| !matches!(*n, "mmap" | "futex" | "newfstatat" | "fstat"));
+    assert_eq!(names, wanted);
+}
+
+/// A region that changes the umask and puts it back: no program is started in between.
+#[test]
+fn programs_are_not_started_in_the_middle_of_a_region() {
+    isolated("programs_are_not_started_in_the_middle_of_a_region", 120, || {
+        // SAFETY: an integer argument.
+        unsafe { libc::umask(0o022) };
+        let stop = Stop::default();
+        let changes = AtomicU64::new(0);
+        thread::scope(|scope| {
+            let _stop = stop.on_drop();
+            scope.spawn(|| {
+                while !stop.is_set() {
+                    let region = no_forking();
+                    // SAFETY: as above.
+                    unsafe { libc::umask(0o777) };
+                    changes.fetch_add(1, SeqCst);
+                    for _ in 0..20 {
+                        thread::yield_now();
+                    }
+                    // SAFETY: as above.
+                    unsafe { libc::umask(0o022) };
+                    drop(region);
+                }
+            });
+            let start = || {
+                for _ in 0..60 {
+                    let output = Command::new("sh").args(["-c", "umask"]).timeout_never().output().expect("sh");
+                    assert_eq!(output.stdout, b"0022\n");
+                }
+            };
+            let other = scope.spawn(start);
+            start();
+            other.join().expect("no panic");
+        });
+        assert!(changes.load(SeqCst) > 100);
+    });
+}
+
+/// Starts, forks and regions at once: nobody hangs, and no child of a fork keeps a program's pidfd or a pipe of its start.
+#[test]
+fn starts_beside_forks_leak_nothing_into_them() {
+    isolated("starts_beside_forks_leak_nothing_into_them", 240, || {
+        let before = self_fds();
+        let stop = Stop::default();
+        thread::scope(|scope| {
+            let _stop = stop.on_drop();
+            for i in 0..2 {
+                let (stop, before) = (&stop, &before);
+                scope.spawn(move || {
+                    let mut n = 0;
+                    while !stop.is_set() {
+                        n += 1;
+                        let mut command = Command::new(if n % 5 == 0 { "/nonexistent" } else { "true" });
+                        let started = command.timeout_never().spawn();
+                        assert_eq!(started.is_ok(), n % 5 != 0);
+                        let ok = started.map_or(true, |mut c| c.wait().is_ok_and(|s| s.success()));
+                        assert!(ok, "thread {i} with {:?}", before.as_slice());
+                    }
+                });
+            }
+            scope.spawn(|| {
+                while !stop.is_set() {
+                    drop(no_forking());
+                }
+            });
+            for _ in 0..300 {
+                let options = ForkOptions::new().timeout_never();
+                let mut child = kit::forked(&options, |token| {
+                    // SAFETY: the child uses no descriptor but its standard streams.
+                    unsafe { token.cleanup() };
+                    check(41, self_fds().first_not_in(&before).is_none());
+                    0
+                });
+                assert_eq!(kit::code(&mut child), 0);
+            }
+        });
+        kit::assert_gate_open();
+    });
+}
+
+/// Runs this test under strace, which delays a system call of `inject`; true in that process.
+fn delayed(name: &str, inject: &str) -> bool {
+    if std::env::var_os("CAREFORK_DELAYED").is_some() {
+        return true;
+    }
+    let strace = strace::find();
+    if strace.is_none() && std::env::var_os("CAREFORK_REQUIRE_TOOLS").is_none() {
+        eprintln!("skipped: strace cannot be run here");
+        return false;
+    }
+    let output = std::process::Command::new("timeout")
+        .args(["--signal=KILL", "100"])
+        .arg(strace.expect("strace is asked for"))
+        .args(["-f", "-qq", "-o", "/dev/null", "-e"])
+        .arg(format!("inject={inject}"))
+        .arg(std::env::current_exe().expect("this binary"))
+        .args(["--exact", name, "--nocapture"])
+        .env("CAREFORK_DELAYED", "1")
+        .output()
+        .expect("timeout and strace");
+    let text = String::from_utf8_lossy(&output.stdout) + String::from_utf8_lossy(&output.stderr);
+    assert!(output.status.success() && text.contains("1 passed"), "{:?}\n{text}", output.status);
+    false
+}
+
+/// A program that takes long to exec keeps nobody out: regions begin and forks go on, without the gate being reopened by force.
+#[test]
+fn others_are_kept_out_until_the_clone_and_not_until_the_exec() {
+    let name = "others_are_kept_out_until_the_clone_and_not_until_the_exec";
+    if !delayed(name, "execve:delay_enter=3000000") {
+        return;
+    }
+    let (done, seen) = (AtomicBool::new(false), AtomicU64::new(0));
+    thread::scope(|scope| {
+        scope.spawn(|| {
+            assert!(Command::new("true").status().expect("it starts").success());
+            done.store(true, SeqCst);
+        });
+        // The child is there once this process has one; its exec is three seconds away.
+        while !has_child() {
+            thread::yield_now();
+        }
+        while !done.load(SeqCst) {
+            drop(no_forking());
+            let mut child = kit::forked(&ForkOptions::new(), |_| 0);
+            assert_eq!(kit::code(&mut child), 0);
+            if !done.load(SeqCst) {
+                seen.fetch_add(1, SeqCst);
+            }
+        }
+    });
+    assert!(seen.load(SeqCst) > 0, "nothing went on between clone and exec");
+    assert_eq!(carefork::stats().reopened, 0, "a waiter had to open the gate");
+}
+
+fn has_child() -> bool {
+    // SAFETY: no status is asked for.
+    unsafe { libc::waitid(libc::P_ALL, 0, std::ptr::null_mut(), libc::WEXITED | libc::WNOHANG | libc::WNOWAIT) == 0 }
+}
+
+/// A clone that comes so late that a waiter has opened the gate gives way and is done again.
+#[test]
+fn a_start_that_was_overtaken_gives_way() {
+    let name = "a_start_that_was_overtaken_gives_way";
+    if !delayed(name, "clone:delay_enter=700000:when=1") {
+        return;
+    }
+    let before = self_fds();
+    let stop = Stop::default();
+    thread::scope(|scope| {
+        let _stop = stop.on_drop();
+        scope.spawn(|| {
+            while !stop.is_set() {
+                drop(no_forking());
+            }
+        });
+        let command = || Command::new("sh").args(["-c", "exit 3"]).timeout_never().status();
+        assert_eq!(command().expect("at the second try").code(), Some(3));
+    });
+    assert!(carefork::stats().reopened > 0, "the gate was not opened: this has tested nothing");
+    kit::assert_no_child();
+    assert_eq!(self_fds().as_slice(), before.as_slice());
+}
+
+/// A child that ends with the gate still shut, because it was killed on its first steps, leaves it open.
+#[test]
+fn a_child_that_is_killed_at_once_leaves_the_gate_open() {
+    isolated("a_child_that_is_killed_at_once_leaves_the_gate_open", 120, || {
+        let stop = Stop::default();
+        thread::scope(|scope| {
+            let _stop = stop.on_drop();
+            scope.spawn(|| {
+                while !stop.is_set() {
+                    kill_children();
+                }
+            });
+            for _ in 0..300 {
+                // It may be killed before its exec, or after; either way there is a child with a status.
+                let mut child = Command::new("true").timeout_never().spawn().expect("a child");
+                child.wait().expect("its status");
+                drop(no_forking());
+            }
+        });
+        kit::assert_gate_open();
+        let mut child = kit::forked(&ForkOptions::new(), |_| 0);
+        assert_eq!(kit::code(&mut child), 0);
+    });
+}
+
+/// SIGKILL to every child of this process.
+fn kill_children() {
+    let list = std::fs::read_dir("/proc/self/task").expect("/proc");
+    for task in list.flatten() {
+        let children = std::fs::read_to_string(task.path().join("children")).unwrap_or_default();
+        for pid in children.split_whitespace().filter_map(|pid| pid.parse().ok()) {
+            // SAFETY: a child of this process; if it was reaped meanwhile there is nobody.
+            unsafe { libc::kill(pid, libc::SIGKILL) };
+        }
+    }
+}
