@@ -17,8 +17,13 @@ pub(crate) struct Server {
 
 impl Server {
     pub(crate) fn start(off: bool, setup: &str) -> Server {
+    fn start(off: bool, setup: &str) -> Server {
+        Self::start_as("serve", off, setup)
+    }
+
+    pub(crate) fn start_as(what: &str, off: bool, setup: &str) -> Server {
         let mut c = Command::new(std::env::current_exe().unwrap());
-        c.args(["serve", setup]).stdin(Stdio::piped()).stdout(Stdio::piped());
+        c.args([what, setup]).stdin(Stdio::piped()).stdout(Stdio::piped());
         if off {
             c.env("CAREFORK", "off");
         }

@@ -7,6 +7,7 @@
 #![allow(unsafe_code, clippy::disallowed_methods, clippy::undocumented_unsafe_blocks)]
 #![allow(clippy::multiple_unsafe_ops_per_block, clippy::type_complexity, let_underscore_drop)]
 
+mod exec;
 mod forks;
 mod logs;
 mod measure;
@@ -18,10 +19,15 @@ fn main() {
         forks::serve();
         return;
     }
+    if args.first().map(String::as_str) == Some("serve-exec") {
+        exec::serve();
+        return;
+    }
     let wanted = |name: &str| args.is_empty() || args.iter().any(|a| name.contains(a.as_str()));
     println!("| what | ours | rival | ratio | to reach | |");
     println!("|---|---|---|---|---|---|");
     plain::rows(&wanted);
     forks::rows(&wanted);
     logs::rows(&wanted);
+    exec::rows(&wanted);
 }
