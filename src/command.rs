@@ -7,6 +7,7 @@ use crate::command_stdio::{Kind, Stdio, Streams, read_both};
 use crate::exec_child::{Failure, Stage};
 use crate::exec_plan::{Limit, Moves, Plan, Strings, StringsBuilder};
 use crate::exec_start::{self, NotStarted, PANICKED, PreExec};
+use crate::resource::Resource;
 use crate::signals::{LAST, Signals};
 use crate::{sys, sys_exec};
 use std::borrow::Cow;
@@ -293,6 +294,9 @@ impl<'fd> Command<'fd> {
     /// goes with it ([`fork`](crate::fork)), which takes longer the larger it is. An error that is no system's own arrives as EINVAL, a
     /// panic as an error as well.
     ///
+    /// The start is over when the exec has closed a pipe. A child of another thread's fork that neither cleans up nor execs holds that pipe
+    /// open too, and keeps this call waiting for as long as it lives, as with std.
+    ///
     /// A descriptor to be passed must not be a care-fd with [`OnFork::Close`](crate::OnFork::Close), which is closed at the fork.
     ///
     /// # Safety
@@ -519,60 +523,5 @@ impl fmt::Debug for Command<'_> {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         write!(f, "{:?}", self.program)?;
         self.args.iter().try_for_each(|arg| write!(f, " {arg:?}"))
-    }
-}
-
-/// What [`Command::rlimit`] limits; each is the `RLIMIT_` of setrlimit(2) with its name.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-#[non_exhaustive]
-pub enum Resource {
-    /// Address space in bytes (`RLIMIT_AS`).
-    AddressSpace,
-    /// Size of a core dump in bytes.
-    Core,
-    /// Processor time in seconds.
-    Cpu,
-    /// Data segment in bytes.
-    Data,
-    /// Size of a file in bytes (`RLIMIT_FSIZE`).
-    FileSize,
-    /// Locked memory in bytes.
-    MemLock,
-    /// Bytes in message queues.
-    MsgQueue,
-    /// Ceiling of the nice value, as 20 less it.
-    Nice,
-    /// One more than the highest descriptor.
-    NoFile,
-    /// Processes of the user.
-    NProc,
-    /// Ceiling of the real-time priority.
-    RtPrio,
-    /// Processor time at real-time priority without a system call that blocks, in microseconds.
-    RtTime,
-    /// Queued signals.
-    SigPending,
-    /// Stack in bytes.
-    Stack,
-}
-
-impl Resource {
-    fn number(self) -> i32 {
-        (match self {
-            Resource::AddressSpace => libc::RLIMIT_AS,
-            Resource::Core => libc::RLIMIT_CORE,
-            Resource::Cpu => libc::RLIMIT_CPU,
-            Resource::Data => libc::RLIMIT_DATA,
-            Resource::FileSize => libc::RLIMIT_FSIZE,
-            Resource::MemLock => libc::RLIMIT_MEMLOCK,
-            Resource::MsgQueue => libc::RLIMIT_MSGQUEUE,
-            Resource::Nice => libc::RLIMIT_NICE,
-            Resource::NoFile => libc::RLIMIT_NOFILE,
-            Resource::NProc => libc::RLIMIT_NPROC,
-            Resource::RtPrio => libc::RLIMIT_RTPRIO,
-            Resource::RtTime => libc::RLIMIT_RTTIME,
-            Resource::SigPending => libc::RLIMIT_SIGPENDING,
-            Resource::Stack => libc::RLIMIT_STACK,
-        }) as i32
     }
 }

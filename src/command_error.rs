@@ -1,6 +1,7 @@
 //! Why a [`Command`](crate::Command) did not start (X1).
 
 use crate::error::ForkError;
+use crate::resource::Resource;
 use std::borrow::Cow;
 use std::ffi::OsString;
 use std::fmt;
@@ -54,7 +55,7 @@ pub enum Step {
         to: RawFd,
     },
     /// setrlimit(2) for this resource.
-    Limit(crate::Resource),
+    Limit(Resource),
     /// setgroups(2).
     Groups,
     /// setgid(2) to this group.

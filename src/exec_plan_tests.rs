@@ -67,16 +67,16 @@ fn strings_are_where_the_pointers_say() {
     // SAFETY: eleven bytes of room.
     #[allow(unsafe_code)]
     unsafe {
-        std::ptr::copy_nonoverlapping(b"4194304\0".as_ptr(), place, 8);
+        std::ptr::copy_nonoverlapping(c"4194304".as_ptr().cast(), place, 8);
     }
-    let read = |i: usize| {
-        // SAFETY: three pointers to C strings and NULL.
+    // SAFETY: four pointers, the last of them NULL.
+    #[allow(unsafe_code)]
+    let pointers = unsafe { std::slice::from_raw_parts(strings.as_ptr(), 4) };
+    let read = |p: &*const std::ffi::c_char| {
+        // SAFETY: a C string if it is not NULL.
         #[allow(unsafe_code)]
-        let p = unsafe { *strings.as_ptr().add(i) };
-        // SAFETY: as above.
-        #[allow(unsafe_code)]
-        (!p.is_null()).then(|| unsafe { std::ffi::CStr::from_ptr(p) }.to_owned())
+        (!p.is_null()).then(|| unsafe { std::ffi::CStr::from_ptr(*p) }.to_owned())
     };
-    let all: Vec<_> = (0..4).map(read).collect();
+    let all: Vec<_> = pointers.iter().map(read).collect();
     assert_eq!(all, [Some(c"A=1".into()), Some(c"PID=4194304".into()), Some(c"".into()), None]);
 }

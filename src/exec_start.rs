@@ -32,7 +32,7 @@ use crate::exec_plan::Plan;
 use crate::fork::Fork;
 use crate::options::ForkOptions;
 use crate::region::no_forking;
-use crate::runtime::Start;
+use crate::runtime::{Start, count};
 use crate::signals::Signals;
 use crate::{clock, sys, sys_exec};
 use std::io::{self, PipeReader, Read};
@@ -58,8 +58,11 @@ pub(crate) fn start(plan: &Plan, timeout: Option<Duration>) -> Result<Child, Not
     let _dumpable = plan.changes_user().then(Dumpable::hold);
     loop {
         match once(plan, deadline)? {
-            Ok(child) => return Ok(child),
-            Err(Failure { stage: Stage::GaveWay, .. }) => {}
+            Ok(child) => {
+                count().programs.fetch_add(1, Relaxed);
+                return Ok(child);
+            }
+            Err(Failure { stage: Stage::GaveWay, .. }) => drop(count().thrown_away.fetch_add(1, Relaxed)),
             Err(failure) => return Err(NotStarted::Child(failure)),
         }
     }
@@ -142,7 +145,10 @@ pub(crate) unsafe fn start_by_fork(
     match (&*from).read_exact(&mut bytes) {
         Ok(()) => {}
         // Closed by the exec, or by the child's death, which its status tells.
-        Err(_) => return Ok(child),
+        Err(_) => {
+            count().programs.fetch_add(1, Relaxed);
+            return Ok(child);
+        }
     }
     // ECHILD is the same: it is gone.
     drop(child.wait());

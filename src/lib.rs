@@ -66,6 +66,7 @@ mod in_child;
 mod fork;
 // exec
 mod sys_exec;
+mod resource;
 mod dumpable;
 mod exec_plan;
 mod exec_child;
@@ -91,7 +92,7 @@ pub use audit::{Audit, audit, audit_of};
 pub use carefd::{AdoptError, CareFd, OnFork};
 pub use child::Child;
 pub use cleanup::{Cleanup, postfork_child_noexec};
-pub use command::{Command, Resource};
+pub use command::Command;
 pub use command_error::{CommandError, Step};
 pub use command_stdio::Stdio;
 pub use durations::Durations;
@@ -112,6 +113,7 @@ pub use region::{NoForking, force_unlock, no_forking, try_no_forking};
 pub use registration::{Registration, register};
 pub use replace::{ForkReplacement, set_fork_replacement};
 pub use report::{Report, report};
+pub use resource::Resource;
 #[cfg(feature = "service")]
 pub use service::{OnChild, Reply, SendError, Service, ServiceBuilder, ServiceError};
 pub use signals::Signals;

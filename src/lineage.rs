@@ -86,6 +86,8 @@ pub struct Stats {
     pub hooks: Durations,
     /// How long other libraries' at-fork handlers and libc's fork took; regions that want to begin wait for that.
     pub copying: Durations,
+    /// Programs started by [`Command`](crate::Command).
+    pub programs: u64,
 }
 
 /// The counters of this process.
@@ -111,5 +113,6 @@ pub fn stats() -> Stats {
         regions: waited().regions.read(),
         hooks: waited().hooks.read(),
         copying: waited().fork.read(),
+        programs: count().programs.load(Relaxed),
     }
 }

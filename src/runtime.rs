@@ -80,6 +80,7 @@ static STATE: State = State {
         in_region: AtomicU64::new(0),
         thrown_away: AtomicU64::new(0),
         unreported: AtomicU64::new(0),
+        programs: AtomicU64::new(0),
     },
     waited: Waited { turn: Clocked::new(), regions: Clocked::new(), hooks: Clocked::new(), fork: Clocked::new() },
     print_wait: WaitWord::new(),
@@ -105,6 +106,7 @@ pub(crate) struct Counters {
     pub(crate) in_region: AtomicU64,
     pub(crate) thrown_away: AtomicU64,
     pub(crate) unreported: AtomicU64,
+    pub(crate) programs: AtomicU64,
 }
 
 /// What forks waited for, for `stats`; written by the role's holder.
@@ -551,6 +553,7 @@ fn take_over(ghosts: bool) {
         &STATE.count.in_region,
         &STATE.count.thrown_away,
         &STATE.count.unreported,
+        &STATE.count.programs,
         &STATE.gate.reopened,
     ] {
         c.store(0, Relaxed);
@@ -941,6 +944,9 @@ impl Start {
     pub(crate) fn open(&self) -> bool {
         let Some((me, shut)) = self.shut else { return true };
         let ours = STATE.gate.reopen(shut);
+        if !ours {
+            STATE.gate.was_reopened(shut);
+        }
         STATE.gate.drop_role(me);
         ours
     }

@@ -166,7 +166,9 @@ pub(crate) fn change_dir(path: &CStr) -> Result<(), Errno> {
 /// The signal that this process gets when the thread that made it ends; sent at once if process `parent` has ended already.
 pub(crate) fn death_signal(signal: i32, parent: u32) -> Result<(), Errno> {
     call(libc::SYS_prctl, [libc::PR_SET_PDEATHSIG as usize, signal as usize, 0, 0, 0])?;
-    if call(libc::SYS_getppid, []) != Ok(parent as usize) {
+    let now = call(libc::SYS_getppid, [])?;
+    // 0 is a parent in another pid namespace.
+    if now != 0 && now != parent as usize {
         call(libc::SYS_kill, [getpid(), signal as usize])?;
     }
     Ok(())

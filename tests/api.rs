@@ -93,6 +93,10 @@ is!(Exit => std::fmt::Display + PartialEq);
 is!(SigchldOwner => Default);
 is!(ForkOptions<'static>, Signals, Stats, Cleanup, Culprits => Default);
 
+is!(Command<'static>, CommandError, Step, Stdio, Resource => Send + Sync + Unpin + Debug);
+is!(CommandError => Error);
+is!(Step, Resource => Clone + Eq);
+
 // Regions belong to their thread, and so does what holds one.
 is_not!(NoForking => Send);
 is_not!(MutexGuard<'static, u8>, MappedMutexGuard<'static, u8>, RwLockReadGuard<'static, u8> => Send);
@@ -194,6 +198,37 @@ fn functions_have_the_types_they_are_known_by() {
     let _: fn(&CareFd<File>) -> bool = CareFd::is_open_here;
     let _: fn(&NoForking, File) -> Result<CareFd<File>, AdoptError<File>> = NoForking::care;
     let _: fn(AdoptError<File>) -> io::Error = io::Error::from;
+
+    // std's names, with std's shapes.
+    type C = Command<'static>;
+    let _: fn(&'static str) -> C = Command::new;
+    let _: [for<'a> fn(&'a mut C, &'static str) -> &'a mut C; 3] = [Command::arg, Command::arg0, Command::env_remove];
+    let _: for<'a> fn(&'a mut C, [&'static str; 2]) -> &'a mut C = Command::args;
+    let _: for<'a> fn(&'a mut C, &'static str, &'static str) -> &'a mut C = Command::env;
+    let _: for<'a> fn(&'a mut C, [(&'static str, &'static str); 1]) -> &'a mut C = Command::envs;
+    let _: for<'a> fn(&'a mut C) -> &'a mut C = Command::env_clear;
+    let _: for<'a> fn(&'a mut C, &'static str) -> &'a mut C = Command::current_dir;
+    let _: [for<'a> fn(&'a mut C, Stdio) -> &'a mut C; 3] = [Command::stdin, Command::stdout, Command::stderr];
+    let _: [fn() -> Stdio; 3] = [Stdio::inherit, Stdio::null, Stdio::piped];
+    let _: fn(File) -> Stdio = Stdio::from;
+    let _: [for<'a> fn(&'a mut C, u32) -> &'a mut C; 3] = [Command::uid, Command::gid, Command::umask];
+    let _: for<'a> fn(&'a mut C, &[u32]) -> &'a mut C = Command::groups;
+    let _: [for<'a> fn(&'a mut C, i32) -> &'a mut C; 2] = [Command::process_group, Command::death_signal];
+    let _: for<'a> fn(&'a mut C, bool) -> &'a mut C = Command::session;
+    let _: for<'a> fn(&'a mut C, Resource, u64, u64) -> &'a mut C = Command::rlimit;
+    let _: for<'a> fn(&'a mut C, Signals) -> &'a mut C = Command::signals;
+    let _: for<'a> fn(&'a mut C, &'static File) -> &'a mut C = Command::pass_fd;
+    let _: for<'a> fn(&'a mut C, &'static File, i32) -> &'a mut C = Command::pass_fd_as;
+    let _: for<'a> fn(&'a mut C, [(&'static str, BorrowedFd<'static>); 1]) -> &'a mut C = Command::listen_fds;
+    let _: for<'a> fn(&'a mut C, Duration) -> &'a mut C = Command::timeout;
+    let _: for<'a> fn(&'a mut C) -> &'a mut C = Command::timeout_never;
+    let _: for<'a> unsafe fn(&'a mut C, fn() -> io::Result<()>) -> &'a mut C = Command::pre_exec;
+    let _: fn(&mut C) -> Result<Child, CommandError> = Command::spawn;
+    let _: fn(&mut C) -> Result<ExitStatus, CommandError> = Command::status;
+    let _: fn(&mut C) -> Result<std::process::Output, CommandError> = Command::output;
+    let _: fn(&CommandError) -> io::ErrorKind = CommandError::kind;
+    let _: fn(&CommandError) -> Option<i32> = CommandError::raw_os_error;
+    let _: fn(CommandError) -> io::Error = io::Error::from;
 
     let _: fn(&'static str) -> Hook = Hook::new;
     let _: fn(Hook, i32) -> Hook = Hook::rank;

@@ -250,9 +250,39 @@ fn a_start_that_was_overtaken_gives_way() {
         let command = || Command::new("sh").args(["-c", "exit 3"]).timeout_never().status();
         assert_eq!(command().expect("at the second try").code(), Some(3));
     });
-    assert!(carefork::stats().reopened > 0, "the gate was not opened: this has tested nothing");
+    let stats = carefork::stats();
+    assert!(stats.reopened > 0, "the gate was not opened: this has tested nothing");
+    assert_eq!((stats.thrown_away, stats.programs), (1, 1));
     kit::assert_no_child();
     assert_eq!(self_fds().as_slice(), before.as_slice());
+}
+
+/// The parent ends before the child has asked for its death signal: the child notices.
+#[test]
+fn a_parent_that_ended_before_the_death_signal_was_set() {
+    let name = "a_parent_that_ended_before_the_death_signal_was_set";
+    if !delayed(name, "prctl:delay_enter=1000000") {
+        return;
+    }
+    let (read, write) = std::io::pipe().expect("a pipe");
+    let mut parent = kit::forked(&ForkOptions::new(), |_token| {
+        thread::spawn(|| {
+            while !has_child() {
+                thread::yield_now();
+            }
+            raw::exit_now(5);
+        });
+        let mut sleep = Command::new("sleep");
+        drop(sleep.arg("1000").pass_fd(&write).death_signal(libc::SIGKILL).spawn());
+        6
+    });
+    drop(write);
+    assert_eq!(kit::code(&mut parent), 5, "it ended in its sleep");
+    // The end of the program closes it, a second later.
+    let mut p = libc::pollfd { fd: std::os::fd::AsRawFd::as_raw_fd(&read), events: libc::POLLIN, revents: 0 };
+    // SAFETY: one live pollfd.
+    let ready = unsafe { libc::poll(&raw mut p, 1, 60_000) };
+    assert_eq!((ready, p.revents), (1, libc::POLLHUP), "the program lives on");
 }
 
 /// A child that ends with the gate still shut, because it was killed on its first steps, leaves it open.

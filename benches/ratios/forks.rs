@@ -17,7 +17,6 @@ pub(crate) struct Server {
 
 impl Server {
     pub(crate) fn start(off: bool, setup: &str) -> Server {
-    fn start(off: bool, setup: &str) -> Server {
         Self::start_as("serve", off, setup)
     }
 
