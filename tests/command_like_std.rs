@@ -172,7 +172,7 @@ fn names() -> Vec<Case> {
         "", |c| &mut c;
         ".", |c| &mut c;
         "/bin/", |c| &mut c;
-        "true", |c| c.arg(&"x".repeat(300_000));
+        "true", |c| c.arg("x".repeat(300_000));
         "true", |c| c.arg("a\0b");
         "a\0b", |c| &mut c;
         "env", |c| c.env_clear().env("B", "1").env("A", "2");
