@@ -239,7 +239,9 @@ impl ForkOptions<'_> {
         }
         if let Some(signal) = self.death_signal {
             sys::set_death_signal(signal);
-            if sys::getppid() != ready.parent {
+            // 0 is a parent in another pid namespace.
+            let now = sys::getppid();
+            if now != 0 && now != ready.parent {
                 sys::raise_at_self(signal);
             }
             if let Some(armed) = &ready.armed {
