@@ -10,6 +10,7 @@
 //! - **Descriptors**: [`CareFd`] wraps one that must not linger in a child.
 //! - **Threads**: a [`Service`] has one, and a channel, that come back in a child; [`PerProcess`] makes a pool or a connection anew in
 //!   each process; [`recipes`] has rayon's and others.
+//! - **Programs**: [`Command`], started without a copy of this process.
 //! - **Forking**: [`fork`], [`spawn`], [`ForkOptions`]; the child holds an [`InChild`] token, the parent a [`Child`].
 //! - **Seeing**: [`audit()`] for what children would get, [`report()`] for what is going on, [`stats`] for what went on.
 //!
