@@ -215,6 +215,14 @@ impl<T: AsFd + Into<OwnedFd>> CareFd<T> {
         Some(unsafe { ManuallyDrop::take(&mut this.value) })
     }
 
+    /// The same descriptor in another type's hands; it stays registered all the while.
+    pub(crate) fn cast<U: AsFd + Into<OwnedFd> + From<T>>(self) -> CareFd<U> {
+        let mut this = ManuallyDrop::new(self);
+        // SAFETY: `this` is neither dropped nor used again.
+        let value = U::from(unsafe { ManuallyDrop::take(&mut this.value) });
+        CareFd { value: ManuallyDrop::new(value), fd: this.fd, stamp: this.stamp }
+    }
+
     /// The value, or `None` if this child closed it.
     #[inline]
     pub fn get(&self) -> Option<&T> {

@@ -31,6 +31,7 @@ mod sys_socket;
 #[cfg(feature = "log")]
 mod sys_write;
 mod sys_reap;
+mod sys_msg;
 mod clock;
 mod sync;
 // state
@@ -76,6 +77,10 @@ mod command_error;
 mod command_env;
 mod command_stdio;
 mod command;
+mod socket;
+pub mod inherited;
+mod pass;
+mod named;
 // subsystems
 #[cfg(feature = "service")]
 mod service;
@@ -103,7 +108,9 @@ pub use hook::{Hook, Veto};
 pub use in_child::InChild;
 pub use lineage::{Lineage, Stats, fork_generation, lineage, set_foreign_budget, stats};
 pub use locks::*;
+pub use named::{BadName, NamedFds, PutError, send_named_fds};
 pub use options::ForkOptions;
+pub use pass::{MAX_FDS, Received, recv_fds, send_fds};
 pub use reap::exit::{Ending, Exit, Usage};
 pub use reap::future::ExitFuture;
 pub use reap::owner::{Claim, SigchldOwner, UnknownChild};
@@ -118,6 +125,7 @@ pub use resource::Resource;
 #[cfg(feature = "service")]
 pub use service::{OnChild, Reply, SendError, Service, ServiceBuilder, ServiceError};
 pub use signals::Signals;
+pub use socket::{ConvertError, Mismatch};
 
 pub mod recipes;
 

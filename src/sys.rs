@@ -38,6 +38,7 @@ pub(crate) fn cerr(r: libc::c_long) -> io::Result<libc::c_long> {
     if r == -1 { Err(io::Error::from_raw_os_error(errno())) } else { Ok(r) }
 }
 
+/// `f` again as long as a signal interrupts it.
 pub(crate) fn retry(mut f: impl FnMut() -> libc::c_long) -> io::Result<libc::c_long> {
     loop {
         match cerr(f()) {
