@@ -22,9 +22,9 @@ pub const MAX_FDS: usize = sys_msg::MAX_FDS;
 /// that keeps `socket` could send on it as well.
 ///
 /// # Errors
-/// [`InvalidInput`](io::ErrorKind::InvalidInput) for more than [`MAX_FDS`] descriptors, and for descriptors with no payload on a
-/// stream, where the kernel would drop them silently; what sendmsg(2) says: EAGAIN on a non-blocking socket, ETOOMANYREFS when too
-/// many descriptors are under way, EOPNOTSUPP or EINVAL where the socket is not a Unix one.
+/// [`InvalidInput`](io::ErrorKind::InvalidInput) for more than [`MAX_FDS`] descriptors, and where the kernel would drop them
+/// silently: with no payload on a stream, over a socket that is not a Unix one. What sendmsg(2) says: EAGAIN on a
+/// non-blocking socket, ETOOMANYREFS when too many descriptors are under way.
 ///
 /// ```
 /// use carefork::{recv_fds, send_fds};
@@ -45,6 +45,10 @@ pub fn send_fds(socket: impl AsFd, payload: &[u8], fds: &[BorrowedFd<'_>]) -> io
     let socket = socket.as_fd();
     if fds.len() > MAX_FDS {
         let text = format!("{} descriptors in one message, and the kernel takes {MAX_FDS}: send several", fds.len());
+        return Err(io::Error::new(io::ErrorKind::InvalidInput, text));
+    }
+    if !fds.is_empty() && sys_msg::socket_family(socket)? != libc::AF_UNIX {
+        let text = "descriptors go over Unix sockets only: any other would lose them";
         return Err(io::Error::new(io::ErrorKind::InvalidInput, text));
     }
     if payload.is_empty() && !fds.is_empty() && sys_msg::socket_type(socket)? == libc::SOCK_STREAM {

@@ -159,6 +159,11 @@ pub(crate) fn socket_kind(socket: BorrowedFd<'_>) -> io::Result<[i32; 3]> {
     Ok([option(socket, libc::SO_DOMAIN, 0)?, option(socket, libc::SO_TYPE, 0)?, option(socket, libc::SO_PROTOCOL, 0)?])
 }
 
+/// SO_DOMAIN.
+pub(crate) fn socket_family(socket: BorrowedFd<'_>) -> io::Result<i32> {
+    option(socket, libc::SO_DOMAIN, 0)
+}
+
 /// SO_TYPE.
 pub(crate) fn socket_type(socket: BorrowedFd<'_>) -> io::Result<i32> {
     option(socket, libc::SO_TYPE, 0)
