@@ -11,6 +11,9 @@
     clippy::missing_panics_doc
 )]
 
+pub mod nbd;
+pub mod qmp;
+
 use std::ffi::{OsStr, OsString};
 use std::io::{self, Read};
 use std::os::fd::{AsRawFd, BorrowedFd, RawFd};
@@ -76,10 +79,26 @@ impl<'a> Program<'a> {
         }
         command.envs(self.env.iter().map(|(k, v)| (k, v)));
         let pass: Vec<(RawFd, RawFd)> = self.pass.iter().map(|(fd, to)| (fd.as_raw_fd(), *to)).collect();
-        // SAFETY: `put` makes system calls only and allocates nothing.
-        unsafe { command.pre_exec(move || put(&pass)) };
+        let prepare = move || {
+            clean_signals();
+            put(&pass)
+        };
+        // SAFETY: `prepare` makes system calls only and allocates nothing.
+        unsafe { command.pre_exec(prepare) };
         Running { child: command.spawn().expect("the program starts") }
     }
+}
+
+/// In the child: no signal is ignored or blocked. By hand, because libc keeps its own two from being asked for.
+fn clean_signals() {
+    let default = [0usize; 4];
+    for signal in 1..=64 {
+        // SAFETY: the kernel's sigaction, all zero: the default. SIGKILL and SIGSTOP are refused.
+        unsafe { libc::syscall(libc::SYS_rt_sigaction, signal, default.as_ptr(), 0, 8) };
+    }
+    let none = 0u64;
+    // SAFETY: a kernel signal set of eight bytes.
+    unsafe { libc::syscall(libc::SYS_rt_sigprocmask, libc::SIG_SETMASK, &raw const none, 0, 8) };
 }
 
 /// In the child: each source out of the way of the targets first, then to its place, without close-on-exec.
