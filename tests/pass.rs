@@ -4,6 +4,7 @@
 
 mod common;
 mod kit;
+mod peers;
 
 use carefork::{CareFd, MAX_FDS, Received, no_forking, recv_fds, send_fds};
 use common::{Verdict, check, isolated, self_fds};
@@ -11,6 +12,7 @@ use kit::{SOON, assert_gate_open, foreign};
 use nix::fcntl::{FcntlArg, FdFlag, fcntl};
 use nix::sys::resource::{Resource, getrlimit, setrlimit};
 use nix::sys::socket::{AddressFamily, SockFlag, SockType, setsockopt, socketpair, sockopt};
+use peers::Program;
 use std::fs::File;
 use std::io::{self, ErrorKind, Read, Write};
 use std::net::{TcpListener, TcpStream};
@@ -491,6 +493,63 @@ fn what_cannot_be_registered_is_closed() {
         let refused = refused.expect_err("no memory");
         assert_eq!(refused.kind(), ErrorKind::OutOfMemory, "{refused}");
         drop((here, there));
+        assert_eq!(open_now(), before);
+    });
+}
+
+// -- another program
+
+/// Python's socket module sends and receives by code of its own.
+fn python<'a>(script: &str, socket: &'a OwnedFd) -> Program<'a> {
+    let head = "import os, signal, socket; s = socket.socket(fileno=3)\n";
+    Program::new("python3").args(["-c", &format!("{head}{script}")]).pass(socket.as_fd(), 3)
+}
+
+#[test]
+fn python_gives_and_takes() {
+    isolated("python_gives_and_takes", 60, || {
+        let before = open_now();
+        for kind in KINDS {
+            let (here, there) = kind();
+            let script = "r, w = os.pipe(); os.write(w, b'from python'); socket.send_fds(s, [b'a pipe'], [r, w])\n\
+                          text, fds, flags, _ = socket.recv_fds(s, 64, 4)\n\
+                          assert (text, len(fds), flags & socket.MSG_CTRUNC) == (b'back', 1, 0), (text, fds, flags)\n\
+                          os.write(fds[0], b'via python')";
+            let mut peer = python(script, &there).start();
+            drop(there);
+            let mut text = [0; 64];
+            let mut message = recv_fds(&here, &mut text, 2).expect("received");
+            assert_eq!((&text[..message.len], message.fds.len(), message.truncated), (&b"a pipe"[..], 2, false));
+            let mut said = [0; 64];
+            let n = File::from(message.fds.remove(0).into_inner()).read(&mut said).expect("read");
+            assert_eq!(&said[..n], b"from python");
+            drop(message);
+            let (mut reader, writer) = io::pipe().expect("a pipe");
+            send_fds(&here, b"back", &[writer.as_fd()]).expect("sent");
+            drop(writer);
+            let mut said = String::new();
+            reader.read_to_string(&mut said).expect("read");
+            assert_eq!(said, "via python");
+            assert!(peer.end().success());
+        }
+        assert_eq!(open_now(), before);
+    });
+}
+
+/// The peer sends the beginning of a frame with descriptors, and is killed.
+#[test]
+fn a_peer_that_is_killed_half_way_leaves_nothing_open() {
+    isolated("a_peer_that_is_killed_half_way_leaves_nothing_open", 60, || {
+        let before = open_now();
+        let (here, there) = pair();
+        let script =
+            "socket.send_fds(s, [b'CFfd\\x02\\0\\xff\\0\\4name'], [0, 1]); os.kill(os.getpid(), signal.SIGKILL)";
+        let mut peer = python(script, &there).start();
+        drop(there);
+        let died = carefork::NamedFds::new().receive(&here).expect_err("half a frame");
+        assert_eq!(died.kind(), ErrorKind::UnexpectedEof, "{died}");
+        assert!(!peer.end().success());
+        drop((here, peer));
         assert_eq!(open_now(), before);
     });
 }

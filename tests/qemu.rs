@@ -224,6 +224,28 @@ fn a_storage_daemon_exports_over_a_second_passed_socket() {
     });
 }
 
+/// The example, as a user would run it.
+#[test]
+fn the_example_runs() {
+    // The test's own binary is in deps/, the example in examples/ beside it.
+    let exe = std::env::current_exe().expect("this binary");
+    let example = exe.parent().and_then(Path::parent).expect("target/debug").join("examples/qemu_monitor");
+    if !example.exists() {
+        // `cargo test` has built it; `cargo test --test qemu` has not.
+        let built = std::process::Command::new(env!("CARGO")).args(["build", "--example", "qemu_monitor"]).status();
+        assert!(built.expect("cargo").success());
+    }
+    let (status, output) = Program::new(&example).start().output();
+    assert!(status.success(), "{output}");
+    for said in [r#"{"QMP": "#, r#"query-chardev: {"return": ["#, r#"quit: {"return": {}}"#, "exit status: 0"] {
+        assert!(output.contains(said), "{said} is not in:\n{output}");
+    }
+    // Where the daemon is not to be had, it says so and leaves nothing behind.
+    let (status, output) = Program::new(&example).env("PATH", "/nonexistent").start().output();
+    assert_eq!(status.code(), Some(1), "{output}");
+    assert!(output.contains("NotFound"), "{output}");
+}
+
 // -- SCM_RIGHTS, both ways
 
 /// A message of the vhost-user protocol, and the reply with what came along.
