@@ -39,7 +39,8 @@ fn main() -> Result<(), Box<dyn Error>> {
 /// The daemon gets the listener, and this process gives it up: were it open here too, clients of a dead daemon would wait for ever.
 fn start(listener: OwnedFd) -> io::Result<Child> {
     let mut command = Command::new("qemu-storage-daemon");
-    command.args(["--chardev", &format!("socket,fd={NUMBER},server=on,wait=off,id=monitor")]);
+    // The client is there, so wait=on does not wait; with wait=off QEMU 10.0 now and then greets twice, or never answers.
+    command.args(["--chardev", &format!("socket,fd={NUMBER},server=on,wait=on,id=monitor")]);
     command.args(["--monitor", "chardev=monitor"]);
     let fd = listener.as_raw_fd();
     let pass = move || {
@@ -57,7 +58,8 @@ fn talk(mut connection: UnixStream) -> io::Result<()> {
     let mut next = || lines.next().unwrap_or_else(|| Err(io::ErrorKind::UnexpectedEof.into()));
     println!("{}", next()?);
     for command in ["qmp_capabilities", "query-chardev", "quit"] {
-        writeln!(connection, r#"{{"execute": "{command}"}}"#)?;
+        // In one write: QEMU answers to the last brace, and after `quit` nobody is there for a line's end.
+        connection.write_all(format!("{{\"execute\": \"{command}\"}}\n").as_bytes())?;
         // Events may come in between.
         let answer = loop {
             let line = next()?;

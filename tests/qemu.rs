@@ -19,7 +19,9 @@ use std::os::unix::fs::MetadataExt;
 use std::os::unix::net::{UnixListener, UnixStream};
 use std::path::Path;
 
-const MONITOR: [&str; 4] = ["--chardev", "socket,fd=3,server=on,wait=off,id=mon", "--monitor", "chardev=mon"];
+/// With wait=on QEMU takes the client that is there before it goes on. With wait=off it takes it in one thread while another
+/// begins to serve the monitor, and in QEMU 10.0 about three of a hundred clients got two greetings, or no answers.
+const MONITOR: [&str; 4] = ["--chardev", "socket,fd=3,server=on,wait=on,id=mon", "--monitor", "chardev=mon"];
 
 fn listen(path: &Path) -> CareFd<UnixListener> {
     CareFd::open_cloexec(|| UnixListener::bind(path)).expect("a listener")
@@ -202,7 +204,7 @@ fn a_storage_daemon_exports_over_a_second_passed_socket() {
         let (control, data) = (listen(&dir.file("monitor")), listen(&dir.file("nbd")));
         let early = UnixStream::connect(dir.file("monitor")).expect("somebody listens");
         let reader = UnixStream::connect(dir.file("nbd")).expect("somebody listens");
-        let mut daemon = Program::new("qemu-storage-daemon")
+        let daemon = Program::new("qemu-storage-daemon")
             .args(MONITOR)
             .args(["--blockdev", &format!("driver=file,node-name=disk,read-only=on,filename={path}")])
             .args(["--nbd-server", "addr.type=fd,addr.str=4"])
@@ -219,8 +221,9 @@ fn a_storage_daemon_exports_over_a_second_passed_socket() {
         assert_reads_back(&mut export, &bytes);
         assert_clean(&daemon, &[3, 4]);
         export.disconnect().expect("sent");
-        monitor.ask("quit").expect("an answer");
-        assert_eq!(daemon.end().code(), Some(0));
+        let answer = monitor.ask("quit");
+        let (status, output) = daemon.output();
+        assert!(answer.is_ok() && status.success(), "{answer:?} {status} {output}");
     });
 }
 

@@ -27,7 +27,8 @@ impl Monitor {
     /// Asks, and skips events until there is an answer.
     pub fn ask(&mut self, command: &str) -> io::Result<String> {
         let text = if command.starts_with('{') { command.to_owned() } else { format!(r#"{{"execute": "{command}"}}"#) };
-        writeln!(self.reader.get_mut(), "{text}")?;
+        // In one write: QEMU answers to the last brace, and after `quit` nobody is there for a line's end.
+        self.reader.get_mut().write_all(format!("{text}\n").as_bytes())?;
         loop {
             let line = self.line()?;
             if line.starts_with(r#"{"return""#) || line.starts_with(r#"{"error""#) {
