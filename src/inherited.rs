@@ -217,7 +217,7 @@ fn variables() -> &'static Variables {
 pub fn listen_fds() -> Result<Vec<(String, CareFd<OwnedFd>)>, InheritError> {
     original()?;
     let mut taken = TAKEN.lock();
-    let Some((count, names)) = announced(variables())? else { return Ok(Vec::new()) };
+    let Some(Announced { count, names }) = announced(variables())? else { return Ok(Vec::new()) };
     if taken.listen {
         return Err(InheritError::TakenBefore);
     }
@@ -295,8 +295,13 @@ fn decimal(text: &OsStr) -> Option<u32> {
     if digits.bytes().all(|b| b.is_ascii_digit()) { digits.parse().ok() } else { None }
 }
 
-/// How many descriptors the variables announce for this process, and their names where they have any; `None` if nothing was passed.
-fn announced(variables: &Variables) -> Result<Option<(usize, Option<Vec<String>>)>, InheritError> {
+struct Announced {
+    count: usize,
+    names: Option<Vec<String>>,
+}
+
+/// What the variables announce for this process; `None` if nothing was passed.
+fn announced(variables: &Variables) -> Result<Option<Announced>, InheritError> {
     let (Some(pid), Some(fds)) = (&variables.pid, &variables.fds) else { return Ok(None) };
     let wrong = |name, value: &OsString| InheritError::Variable { name, value: value.clone() };
     let pid = decimal(pid).filter(|&n| n > 0).ok_or_else(|| wrong("LISTEN_PID", pid))?;
@@ -307,14 +312,14 @@ fn announced(variables: &Variables) -> Result<Option<(usize, Option<Vec<String>>
     // More than the kernel can number would overflow.
     let count = decimal(fds).filter(|&n| n > 0 && n < 1 << 30).ok_or_else(|| wrong("LISTEN_FDS", fds))? as usize;
     let Some(names) = variables.names.as_ref().filter(|names| !names.is_empty()) else {
-        return Ok(Some((count, None)));
+        return Ok(Some(Announced { count, names: None }));
     };
     let names = names.to_str().ok_or_else(|| wrong("LISTEN_FDNAMES", names))?;
     let names: Vec<String> = names.split(':').map(str::to_owned).collect();
     if names.len() != count {
         return Err(InheritError::Names { names: names.len(), fds: count });
     }
-    Ok(Some((count, Some(names))))
+    Ok(Some(Announced { count, names: Some(names) }))
 }
 
 impl Taken {

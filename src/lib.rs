@@ -11,6 +11,8 @@
 //! - **Threads**: a [`Service`] has one, and a channel, that come back in a child; [`PerProcess`] makes a pool or a connection anew in
 //!   each process; [`recipes`] has rayon's and others.
 //! - **Programs**: [`Command`], started without a copy of this process.
+//! - **Other programs**: [`inherited`] takes what a parent passed, [`send_fds`] and [`recv_fds`] pass between running processes,
+//!   [`NamedFds`] keeps descriptors by name.
 //! - **Forking**: [`fork`], [`spawn`], [`ForkOptions`]; the child holds an [`InChild`] token, the parent a [`Child`].
 //! - **Seeing**: [`audit()`] for what children would get, [`report()`] for what is going on, [`stats`] for what went on.
 //!

@@ -6,6 +6,7 @@
 
 use crate::sys::{cerr, monotonic, retry};
 use std::io;
+use std::mem::MaybeUninit;
 use std::os::fd::{AsRawFd, BorrowedFd, FromRawFd, OwnedFd, RawFd};
 
 /// What the kernel takes in one message (its SCM_MAX_FD).
@@ -19,7 +20,13 @@ const SCM_PIDFD: libc::c_int = 4;
 struct Control {
     /// Control data is aligned like its headers.
     align: [libc::cmsghdr; 0],
-    bytes: [u8; 2048],
+    bytes: [MaybeUninit<u8>; 2048],
+}
+
+impl Control {
+    fn new() -> Self {
+        Control { align: [], bytes: [MaybeUninit::uninit(); 2048] }
+    }
 }
 
 /// A message of one part, and where it points to.
@@ -39,7 +46,7 @@ fn message(part: &mut libc::iovec, control: &mut Control, room: usize) -> libc::
 /// sendmsg of `payload` with at most [`MAX_FDS`] descriptors; without SIGPIPE.
 pub(crate) fn send(socket: BorrowedFd<'_>, payload: &[u8], fds: &[BorrowedFd<'_>]) -> io::Result<usize> {
     assert!(fds.len() <= MAX_FDS, "the caller counts them");
-    let mut control = Control { align: [], bytes: [0; 2048] };
+    let mut control = Control::new();
     let mut part = libc::iovec { iov_base: payload.as_ptr().cast_mut().cast(), iov_len: payload.len() };
     let size = size_of_val(fds);
     // SAFETY: a computation.
@@ -50,11 +57,13 @@ pub(crate) fn send(socket: BorrowedFd<'_>, payload: &[u8], fds: &[BorrowedFd<'_>
         let head = unsafe { libc::CMSG_FIRSTHDR(&message) };
         // SAFETY: a computation.
         let length = unsafe { libc::CMSG_LEN(size as u32) };
-        // SAFETY: `head` is the start of `control`, which is live and zeroed.
-        let header = unsafe { &mut *head };
+        // SAFETY: all zeroes are a valid header.
+        let mut header: libc::cmsghdr = unsafe { std::mem::zeroed() };
         header.cmsg_level = libc::SOL_SOCKET;
         header.cmsg_type = libc::SCM_RIGHTS;
         header.cmsg_len = length as _;
+        // SAFETY: `head` is the start of `control`, which is live and aligned.
+        unsafe { head.write(header) };
         // SAFETY: the data begins inside `control`.
         let data = unsafe { libc::CMSG_DATA(head) };
         // SAFETY: `size` bytes from there are inside `control`; a BorrowedFd is represented as the number.
@@ -76,7 +85,7 @@ pub(crate) struct Message {
 
 /// recvmsg without waiting. Every descriptor that came is handed to `take`, close-on-exec.
 pub(crate) fn recv(socket: BorrowedFd<'_>, buf: &mut [u8], mut take: impl FnMut(OwnedFd)) -> io::Result<Message> {
-    let mut control = Control { align: [], bytes: [0; 2048] };
+    let mut control = Control::new();
     let mut part = libc::iovec { iov_base: buf.as_mut_ptr().cast(), iov_len: buf.len() };
     let mut message = message(&mut part, &mut control, size_of::<Control>());
     let flags = libc::MSG_CMSG_CLOEXEC | libc::MSG_DONTWAIT;
@@ -90,11 +99,12 @@ pub(crate) fn recv(socket: BorrowedFd<'_>, buf: &mut [u8], mut take: impl FnMut(
         // SAFETY: a computation.
         let empty = unsafe { libc::CMSG_LEN(0) } as usize;
         if header.cmsg_level == libc::SOL_SOCKET && matches!(header.cmsg_type, libc::SCM_RIGHTS | SCM_PIDFD) {
-            // SAFETY: the data is inside `control`.
-            let numbers = unsafe { libc::CMSG_DATA(head) }.cast::<RawFd>();
-            for i in 0..(header.cmsg_len as usize - empty) / size_of::<RawFd>() {
-                // SAFETY: the header counts that many numbers.
-                let number = unsafe { numbers.add(i).read_unaligned() };
+            // SAFETY: the data begins inside `control`.
+            let data = unsafe { libc::CMSG_DATA(head) };
+            // SAFETY: the header counts that many bytes, and the kernel wrote them.
+            let data = unsafe { std::slice::from_raw_parts(data, header.cmsg_len as usize - empty) };
+            for number in data.as_chunks().0 {
+                let number = RawFd::from_ne_bytes(*number);
                 // A pidfd that could not be made is an error's number.
                 if number >= 0 {
                     // SAFETY: the kernel just gave us this number.

@@ -8,6 +8,7 @@
 
 use ::log::LevelFilter;
 use carefork::audit::{Care, Descriptor, Fate, Kind};
+use carefork::inherited::InheritError;
 use carefork::log::{
     AlreadySet, BadFilter, Builder, Guarded, Logger, NoLogger, Output, RecordWriter, WhenFull, flush, set_output,
 };
@@ -21,6 +22,7 @@ use std::error::Error;
 use std::fmt::Debug;
 use std::fs::File;
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
+use std::os::unix::net::{UnixDatagram, UnixListener, UnixStream};
 use std::panic::{RefUnwindSafe, UnwindSafe};
 use std::process::ExitStatus;
 use std::time::Duration;
@@ -56,6 +58,13 @@ macro_rules! is_not {
 is!(Child, InChild, Fork, ForkOptions<'static>, Hook, Registration, Veto, Signals, OnFork, Cleanup => Send + Unpin);
 is!(Child, InChild, Fork, ForkOptions<'static>, Hook, Registration, Veto, Signals, OnFork, Cleanup => Sync);
 is!(Lineage, Stats, Culprit, Culprits, NotAChild, ForkError, AdoptError<File>, WaitTimeoutResult => Send + Sync + Debug + Unpin);
+is!(BadName, ConvertError, InheritError, PutError => Error + Send + Sync + Unpin);
+is!(BadName => Copy + Eq);
+is!(NamedFds, Received, Mismatch => Send + Sync + Unpin + Debug);
+is!(NamedFds => Default);
+is!(CareFd<net::TcpListener>, CareFd<net::TcpStream>, CareFd<net::UdpSocket> => TryFrom<CareFd<OwnedFd>, Error = ConvertError>);
+is!(CareFd<UnixListener>, CareFd<UnixStream>, CareFd<UnixDatagram> => TryFrom<CareFd<OwnedFd>, Error = ConvertError>);
+is!(CareFd<File> => From<CareFd<OwnedFd>>);
 is!(CareFd<File>, CareFd<OwnedFd>, CareFd<net::TcpListener> => Send + Sync + Unpin + Debug + AsFd + AsRawFd);
 is!(Child, InChild, Fork, ForkOptions<'static>, Hook, Registration, Veto, Signals, OnFork, Cleanup, NoForking => Debug);
 is!(Child, ForkOptions<'static>, Signals, OnFork, Cleanup, Lineage, Stats, Durations, CareFd<File> => UnwindSafe + RefUnwindSafe);
@@ -103,7 +112,7 @@ is_not!(MutexGuard<'static, u8>, MappedMutexGuard<'static, u8>, RwLockReadGuard<
 is_not!(RwLockWriteGuard<'static, u8>, RwLockUpgradableReadGuard<'static, u8> => Send);
 is_not!(MappedRwLockReadGuard<'static, u8>, MappedRwLockWriteGuard<'static, u8>, Held => Send);
 // The registry and the children are not to be had twice.
-is_not!(CareFd<File>, Child, InChild, Registration, Hook, NoForking => Clone);
+is_not!(CareFd<File>, Child, InChild, Registration, Hook, NoForking, NamedFds, Received => Clone);
 is_not!(CareFd<File>, Child, InChild, Registration => Copy);
 // A `DerefMut` would let the value be swapped behind the registry.
 is_not!(CareFd<File> => std::ops::DerefMut);
@@ -229,6 +238,21 @@ fn functions_have_the_types_they_are_known_by() {
     let _: fn(&CommandError) -> io::ErrorKind = CommandError::kind;
     let _: fn(&CommandError) -> Option<i32> = CommandError::raw_os_error;
     let _: fn(CommandError) -> io::Error = io::Error::from;
+    let _: fn() -> Result<Vec<(String, CareFd<OwnedFd>)>, InheritError> = inherited::listen_fds;
+    let _: fn(&'static str) -> Result<CareFd<OwnedFd>, InheritError> = inherited::fd;
+    let _: unsafe fn() = inherited::remove_variables;
+    let _: fn(&'static UnixStream, &[u8], &[BorrowedFd<'_>]) -> io::Result<usize> = carefork::send_fds;
+    let _: fn(&'static UnixDatagram, &mut [u8], usize) -> io::Result<Received> = carefork::recv_fds;
+    let _: fn(BorrowedFd<'static>, &[(&'static str, BorrowedFd<'_>)]) -> io::Result<()> = carefork::send_named_fds;
+    assert_eq!(carefork::MAX_FDS, 253);
+    const EMPTY: NamedFds = NamedFds::new();
+    assert!(EMPTY.is_empty());
+    assert_eq!((EMPTY.len(), EMPTY.list().len()), (0, 0));
+    let _: fn(&mut NamedFds, &str, CareFd<OwnedFd>) -> Result<(), PutError> = NamedFds::put;
+    let _: fn(&mut NamedFds, &str) -> Option<CareFd<OwnedFd>> = NamedFds::take;
+    let _: for<'a> fn(&'a NamedFds, &str) -> Option<&'a CareFd<OwnedFd>> = NamedFds::get;
+    let _: fn(&mut NamedFds, &str) -> bool = NamedFds::close;
+    let _: fn(&mut NamedFds, &'static UnixStream) -> io::Result<usize> = NamedFds::receive;
 
     let _: fn(&'static str) -> Hook = Hook::new;
     let _: fn(Hook, i32) -> Hook = Hook::rank;

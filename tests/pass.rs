@@ -437,7 +437,7 @@ fn a_stream_that_is_full_takes_a_part_and_says_how_much() {
     });
 }
 
-/// The kernel drops descriptors that are sent by TCP and says nothing.
+/// The kernel drops descriptors that are sent by TCP and says nothing; builds with debug assertions do.
 #[test]
 fn other_sockets_carry_no_descriptors() {
     isolated("other_sockets_carry_no_descriptors", 20, || {
@@ -447,8 +447,10 @@ fn other_sockets_carry_no_descriptors() {
         client.write_all(b"abc").expect("sent");
         let message = recv_fds(&server, &mut [0; 8], 4).expect("received");
         assert_eq!((message.len, message.fds.len()), (3, 0));
-        let refused = send_fds(&server, b"x", &borrowed(&files(1))).expect_err("they would be lost");
-        assert_eq!(refused.kind(), ErrorKind::InvalidInput);
+        if cfg!(debug_assertions) {
+            let refused = send_fds(&server, b"x", &borrowed(&files(1))).expect_err("they would be lost");
+            assert_eq!(refused.kind(), ErrorKind::InvalidInput);
+        }
         assert_eq!(send_fds(&server, b"x", &[]).expect("bytes go"), 1);
     });
 }

@@ -11,6 +11,7 @@ mod exec;
 mod forks;
 mod logs;
 mod measure;
+mod messages;
 mod plain;
 
 fn main() {
@@ -27,6 +28,7 @@ fn main() {
     println!("| what | ours | rival | ratio | to reach | |");
     println!("|---|---|---|---|---|---|");
     plain::rows(&wanted);
+    messages::rows(&wanted);
     forks::rows(&wanted);
     logs::rows(&wanted);
     exec::rows(&wanted);
