@@ -44,8 +44,13 @@ fn start(listener: OwnedFd) -> io::Result<Child> {
     command.args(["--monitor", "chardev=monitor"]);
     let fd = listener.as_raw_fd();
     let pass = move || {
-        // SAFETY: takes numbers only. The copy has close-on-exec clear; where it is the same number, that is cleared.
-        let done = unsafe { if fd == NUMBER { libc::fcntl(fd, libc::F_SETFD, 0) } else { libc::dup2(fd, NUMBER) } };
+        let done = if fd == NUMBER {
+            // SAFETY: takes numbers only. It is in its place; close-on-exec goes.
+            unsafe { libc::fcntl(fd, libc::F_SETFD, 0) }
+        } else {
+            // SAFETY: takes numbers only. The copy has close-on-exec clear.
+            unsafe { libc::dup2(fd, NUMBER) }
+        };
         if done == -1 { Err(io::Error::last_os_error()) } else { Ok(()) }
     };
     // SAFETY: one system call, nothing is allocated.
