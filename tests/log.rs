@@ -808,6 +808,47 @@ fn hooks_may_log() {
     });
 }
 
+/// A thread logs while a fork keeps the gate shut: it needs no region, so neither waits for the other.
+#[test]
+fn a_thread_logs_while_the_gate_is_shut() {
+    isolated("a_thread_logs_while_the_gate_is_shut", 60, || {
+        for background in [None, Some(8)] {
+            let file = Scratch::new("shut");
+            let builder = background.map_or(Builder::new(), |n| Builder::new().background(n));
+            let logger = builder.output(Output::file(&file.0).expect("a file")).build();
+            let (begin, wait) = std::sync::mpsc::channel();
+            let (end, done) = std::sync::mpsc::channel();
+            let logging = thread::spawn({
+                let logger = logger.clone();
+                move || {
+                    log_by(&logger, "record 0 0");
+                    end.send(()).expect("the test waits");
+                    wait.recv().expect("the hook sends");
+                    (1..50).for_each(|n| log_by(&logger, &format!("record 0 {n}")));
+                    logger.flush();
+                    end.send(()).expect("the hook waits");
+                }
+            });
+            done.recv().expect("its first record");
+            // Nobody reopens the gate.
+            drive::freeze();
+            let shared = Mutex::new((begin, done));
+            let hook = carefork::Hook::new("waits for a thread that logs").prepare(move || {
+                let (begin, done) = &*shared.lock().expect("not poisoned");
+                if begin.send(()).is_ok() {
+                    done.recv().expect("it logs");
+                }
+            });
+            let registration = carefork::register(hook);
+            ends_well(Kind::Foreign.fork(|| 0));
+            drop(registration);
+            carefork::testing::release();
+            logging.join().expect("no panic");
+            assert_eq!(numbered(&file.text()), (0..50).collect::<Vec<_>>());
+        }
+    });
+}
+
 /// Without at-fork handlers too: by a raw clone, and where carefork is switched off.
 #[test]
 fn a_child_that_nobody_told_goes_to_fd_2() {

@@ -13,8 +13,8 @@ use std::sync::atomic::{AtomicU32, Ordering::Relaxed};
 pub(super) struct Style {
     /// Read once, when the logger was built: jiff reads the zone's file itself, so no child meets libc's lock.
     zone: TimeZone,
-    /// Tells the styles of one process apart.
-    id: u32,
+    /// Tells the loggers of one process apart.
+    pub(super) id: u32,
 }
 
 /// A second as text, `2026-11-21T07:03:12+01:00`; the fraction goes between.

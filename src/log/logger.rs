@@ -3,11 +3,12 @@
 use super::builder::WhenFull;
 use super::line::{self, Style};
 use super::output::{self, Output, Sink};
-use super::queue::{Losses, Message, Offer, Queue, Worker};
+use super::queue::{Losses, Message, Queue, Worker};
 use crate::{OnceLock, RwLock, fork_generation};
+use std::cell::RefCell;
 use std::fmt;
-use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering::Acquire, Ordering::Release};
+use std::sync::{Arc, Weak};
 
 /// A logger for the `log` facade, made by a [`Builder`](super::Builder). Clones are the same logger.
 ///
@@ -41,6 +42,20 @@ struct Inner {
     /// The generation that `here` belongs to.
     generation: AtomicU64,
     here: RwLock<Arc<Here>>,
+    /// Counts the changes of `here`, under its lock. Release pairs with the Acquire in `Inner::here`.
+    version: AtomicU64,
+}
+
+/// Where a thread's last record went. With it the next one needs no lock, and so no region: no fork waits for a thread that logs.
+struct Seen {
+    logger: u32,
+    version: u64,
+    /// Weak, so that an idle thread does not keep an old file open.
+    here: Weak<Here>,
+}
+
+thread_local! {
+    static SEEN: RefCell<Seen> = const { RefCell::new(Seen { logger: 0, version: 0, here: Weak::new() }) };
 }
 
 /// One process's side of it. In a child the parent's is neither used nor dropped.
@@ -63,7 +78,8 @@ impl Logger {
         let (style, sink) = (Arc::new(style), Arc::new(output.0));
         let here = Here::new(sink, &style, false, background, Arc::default());
         let generation = AtomicU64::new(home);
-        Logger { inner: Arc::new(Inner { filter, style, home, background, generation, here: RwLock::new(here) }) }
+        let (here, version) = (RwLock::new(here), AtomicU64::new(0));
+        Logger { inner: Arc::new(Inner { filter, style, home, background, generation, here, version }) }
     }
 
     /// Points the log somewhere else, from the next record on.
@@ -80,7 +96,7 @@ impl Logger {
         let sink = Arc::new(output.0);
         let mut losses = Arc::default();
         if inner.generation.load(Acquire) == now {
-            let here = Arc::clone(&inner.here.read());
+            let here = inner.here();
             if let Some(queue) = &here.queue
                 && queue.is_started()
             {
@@ -102,7 +118,7 @@ impl Logger {
         if output::inside() || inner.generation.load(Acquire) != fork_generation() {
             return;
         }
-        let here = Arc::clone(&inner.here.read());
+        let here = inner.here();
         match &here.queue {
             Some(queue) if queue.was_started() => queue.flush(),
             _ => {
@@ -153,24 +169,33 @@ impl Inner {
             drop(Sink::Stderr.put_line(line, head, false));
             return;
         }
-        let here = self.here.read();
-        let mut waiting = None;
+        let here = self.here();
         if let Some(queue) = &here.queue
             && queue.is_started()
         {
             let head = u32::try_from(head).unwrap_or(u32::MAX);
-            match queue.offer((line.into(), head)) {
-                Offer::Done => return,
-                Offer::Wait(message) => waiting = Some(message),
-            }
+            queue.offer((line.into(), head));
+        } else {
+            here.put(line, head, &self.style, now != self.home);
         }
-        let held = Arc::clone(&here);
-        // From here on it may take long, so no region is held.
-        drop(here);
-        match (waiting, &held.queue) {
-            (Some(message), Some(queue)) => queue.send(message),
-            _ => held.put(line, head, &self.style, now != self.home),
+    }
+
+    /// This process's side, known to be of this generation.
+    fn here(&self) -> Arc<Here> {
+        let version = self.version.load(Acquire);
+        let seen = SEEN.try_with(|seen| {
+            let seen = seen.borrow();
+            if seen.logger == self.style.id && seen.version == version { seen.here.upgrade() } else { None }
+        });
+        // At its end a thread has no such place any more.
+        if let Ok(Some(here)) = seen {
+            return here;
         }
+        let here = Arc::clone(&self.here.read());
+        // If it has changed since, the version does not fit, and the next record looks again.
+        let now = Seen { logger: self.style.id, version, here: Arc::downgrade(&here) };
+        drop(SEEN.try_with(|seen| seen.replace(now)));
+        here
     }
 
     /// In a child, at its first record: fd 2, nothing queued. False if that cannot be had for a ghost.
@@ -181,6 +206,7 @@ impl Inner {
             let hurried = self.background.is_some_and(|(_, when_full)| when_full != WhenFull::Block);
             let fresh = Here { sink: Arc::new(Sink::Stderr), queue: None, losses: Arc::default(), hurried };
             forget(std::mem::replace(&mut here, Arc::new(fresh)));
+            self.version.fetch_add(1, Release);
             self.generation.store(now, Release);
         }
         true
@@ -189,6 +215,7 @@ impl Inner {
     fn replace(&self, now: u64, fresh: Arc<Here>) {
         let mut here = self.here.write();
         let old = std::mem::replace(&mut *here, fresh);
+        self.version.fetch_add(1, Release);
         let stale = self.generation.swap(now, Release) != now;
         drop(here);
         if stale {

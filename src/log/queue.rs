@@ -7,7 +7,7 @@ use super::builder::WhenFull;
 use super::line::Style;
 use super::output::{Sink, Stopped};
 use crate::{OnceLock, sys};
-use crossbeam_channel::{Receiver, Sender, TrySendError, bounded, unbounded};
+use crossbeam_channel::{Receiver, Sender, bounded, unbounded};
 use std::io;
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::Arc;
@@ -95,13 +95,6 @@ pub(super) struct Queue {
     worker: Worker,
 }
 
-/// What became of a record that was offered.
-pub(super) enum Offer {
-    Done,
-    /// There is no room, and the logger is to wait.
-    Wait(Message),
-}
-
 impl Queue {
     pub(super) fn new(capacity: usize, when_full: WhenFull, worker: Worker) -> Queue {
         let (tx, rx) = match when_full {
@@ -128,25 +121,21 @@ impl Queue {
         self.started.get() == Some(&true)
     }
 
-    /// Never waits: it is called inside a region.
-    pub(super) fn offer(&self, record: Record) -> Offer {
-        if let WhenFull::GrowTo(most) = self.when_full
-            && self.tx.len() >= most
-        {
+    /// Puts a record in, or does with it what is to be done when there is no room. Not to be called inside a region of the logger's:
+    /// it may wait.
+    pub(super) fn offer(&self, record: Record) {
+        let message = Message::Record(record);
+        let full = match self.when_full {
+            WhenFull::Block => return self.send(message),
+            WhenFull::Drop => self.tx.try_send(message).is_err(),
+            WhenFull::GrowTo(most) => self.tx.len() >= most || self.tx.send(message).is_err(),
+        };
+        if full {
             self.worker.losses.full();
-            return Offer::Done;
-        }
-        match self.tx.try_send(Message::Record(record)) {
-            Ok(()) => Offer::Done,
-            Err(TrySendError::Full(message)) if self.when_full == WhenFull::Block => Offer::Wait(message),
-            Err(_) => {
-                self.worker.losses.full();
-                Offer::Done
-            }
         }
     }
 
-    /// Waits for room; not to be called inside a region of the logger's.
+    /// Waits for room.
     pub(super) fn send(&self, message: Message) {
         // The queue holds a receiver itself, so it is never disconnected.
         drop(self.tx.send(message));
