@@ -741,6 +741,33 @@ fn turning_the_output_keeps_the_order() {
     }
 }
 
+/// A file that the log was turned away from is closed, though threads that wrote to it do nothing more.
+#[test]
+fn an_old_output_is_closed_while_its_threads_idle() {
+    let (a, b) = (Scratch::new("a"), Scratch::new("b"));
+    let logger = Builder::new().output(Output::file(&a.0).expect("a file")).build();
+    log_by(&logger, "record 0 0");
+    let open = || {
+        let fds = common::fds_of(common::raw::getpid()).expect("/proc");
+        fds.iter().filter(|(_, target)| *target == a.0).count()
+    };
+    assert_eq!(open(), 1);
+    logger.set_output(Output::file(&b.0).expect("a file"));
+    assert_eq!(open(), 0);
+}
+
+/// Two loggers on one thread, record by record.
+#[test]
+fn two_loggers_do_not_mix() {
+    let files = [Scratch::new("a"), Scratch::new("b")];
+    let loggers = files.each_ref().map(|f| Builder::new().output(Output::file(&f.0).expect("a file")).build());
+    for n in 0..10 {
+        log_by(&loggers[n % 2], &format!("record 0 {n}"));
+    }
+    assert_eq!(numbered(&files[0].text()), [0, 2, 4, 6, 8]);
+    assert_eq!(numbered(&files[1].text()), [1, 3, 5, 7, 9]);
+}
+
 /// What was logged before the turn is in the old file, what was logged after it in the new one.
 #[test]
 fn the_output_turns_between_two_lines() {
