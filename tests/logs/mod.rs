@@ -195,10 +195,6 @@ pub fn storm_of(forks: u32, record: &(impl Fn(usize, u64) + Sync), fork: impl Fn
         fork_many(forks, 1, SOON, fork)
     });
     tally.expect_clean(forks);
-    let again = AGAIN.load(SeqCst);
-    if again > 0 {
-        eprintln!("{again} foreign forks were dirty, and were done again");
-    }
     made.iter().map(|n| n.load(SeqCst)).collect()
 }
 
