@@ -73,3 +73,50 @@ fn select() {
         let _: fn() -> Result<(), Box<dyn Error>> = select_loop::main;
     });
 }
+
+/// C6: a child that drops what tokio has registered leaves the epoll alone that it shares with its parent.
+#[test]
+fn a_child_leaves_tokios_epoll_alone() {
+    isolated("a_child_leaves_tokios_epoll_alone", 30, || {
+        let runtime = ::tokio::runtime::Builder::new_current_thread().enable_all().build().expect("a runtime");
+        runtime.block_on(async {
+            let word = &kit::shared()[0];
+            let mut awaited = kit::forked(&carefork::ForkOptions::new(), |_| {
+                while word.load(std::sync::atomic::Ordering::SeqCst) == 0 {
+                    std::thread::yield_now();
+                }
+                7
+            });
+            let reaper = carefork::Reaper::new().expect("a reaper");
+            let end = reaper.exit_of(kit::forked(&carefork::ForkOptions::new(), |_| 8)).expect("watched");
+            let mut ended = Box::pin(awaited.ended());
+            let mut run = Box::pin(reaper.run());
+            // Polled, they are registered.
+            ::tokio::select! {
+                biased;
+                _ = &mut ended => panic!("it waits for the word"),
+                _ = &mut run => panic!("the reaper is open"),
+                exit = end => assert_eq!(exit.expect("an end").code(), Some(8)),
+            }
+            // SAFETY: the child drops what it has, and exits.
+            match unsafe { carefork::fork() }.expect("a fork") {
+                carefork::Fork::Child(token) => {
+                    drop((ended, run));
+                    drop(token);
+                    common::raw::exit_now(0);
+                }
+                carefork::Fork::Parent(mut child) => assert!(child.wait().expect("a status").success()),
+            }
+            let end = reaper.exit_of(kit::forked(&carefork::ForkOptions::new(), |_| 9)).expect("watched");
+            let both = async {
+                ::tokio::select! {
+                    _ = &mut run => panic!("the reaper is open"),
+                    exit = end => assert_eq!(exit.expect("an end").code(), Some(9)),
+                }
+                word.store(1, std::sync::atomic::Ordering::SeqCst);
+                assert_eq!(ended.await.expect("an end").code(), Some(7));
+            };
+            ::tokio::time::timeout(kit::SOON, both).await.expect("the parent is told");
+        });
+    });
+}

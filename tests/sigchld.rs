@@ -548,3 +548,45 @@ fn raw_raise() {
     // SAFETY: a signal to itself, in the thread that runs.
     unsafe { libc::pthread_kill(libc::pthread_self(), libc::SIGCHLD) };
 }
+
+/// SEEDS: a child is known before any reaper can see it. An owner that reaps every child takes none of carefork's for a stranger,
+/// however soon it ends; nor does it while forks are refused.
+#[test]
+fn a_child_is_known_before_it_can_be_seen() {
+    isolated("a_child_is_known_before_it_can_be_seen", 120, || {
+        let owner = Reaper::new().expect("a reaper");
+        owner.set_owner(SigchldOwner::Always).expect("owned");
+        let unknown = strangers(&owner);
+        let stop = kit::Stop::default();
+        thread::scope(|s| {
+            for _ in 0..2 {
+                s.spawn(|| {
+                    while !stop.is_set() {
+                        owner.dispatch().expect("dispatch");
+                    }
+                });
+            }
+            let _stop = stop.on_drop();
+            let veto = carefork::register(carefork::Hook::new("veto").try_prepare(|| Err("no".into())));
+            for _ in 0..50 {
+                // SAFETY: there is no child.
+                assert!(unsafe { carefork::fork() }.is_err());
+            }
+            drop(veto);
+            for i in 0..400 {
+                let code = i % 50;
+                let mut child = ends_with(code);
+                if i % 2 == 0 {
+                    assert_eq!(child.wait().expect("a status").code(), Some(code));
+                } else {
+                    let (send, told) = unbounded();
+                    owner.watch(child, move |exit| send.send(exit).expect("the test waits")).expect("watched");
+                    assert_eq!(told.recv_timeout(SOON).expect("an end").code(), Some(code));
+                }
+            }
+        });
+        let strange: Vec<_> = unknown.try_iter().map(|exit| exit.to_string()).collect();
+        assert!(strange.is_empty(), "{strange:?}");
+        assert_no_child();
+    });
+}

@@ -49,6 +49,27 @@ struct Known {
     ended: Option<Box<Record>>,
 }
 
+impl Known {
+    fn nobodys(record: Box<Record>) -> Known {
+        Known { start: 0, pidfd: -1, holder: Holder::Nobody, ended: Some(record) }
+    }
+}
+
+enum Reaped {
+    Record(Box<Record>),
+    NotYet,
+    Gone,
+}
+
+fn told(waited: io::Result<Option<sys_reap::Ended>>) -> io::Result<Reaped> {
+    match waited {
+        Ok(Some(ended)) => Ok(Reaped::Record(Box::new(Record::of(&ended)))),
+        Ok(None) => Ok(Reaped::NotYet),
+        Err(e) if e.raw_os_error() == Some(libc::ECHILD) => Ok(Reaped::Gone),
+        Err(e) => Err(e),
+    }
+}
+
 pub(crate) struct Children {
     by_pid: Mutex<BTreeMap<u32, Known>>,
     /// Forks whose child may be dead before it is known here.
@@ -139,34 +160,35 @@ impl Children {
         self.by_pid.lock().get(&pid).map(|k| k.holder)
     }
 
-    /// Reaps the child of that number, which has ended and may be anybody's.
+    /// Reaps the child of that number, which has ended and may be anybody's; one that it cannot keep for anybody comes back.
     ///
-    /// One that is known by a pidfd is reaped by it: where the number has come round again, that says so.
-    pub(crate) fn reap_found(&self, pid: u32) -> io::Result<()> {
+    /// All under the lock: a holder that finds its child gone asks here next, and must not come too early. One that is known by a
+    /// pidfd is reaped by it: where the number has come round again, that says so.
+    pub(crate) fn reap_found(&self, pid: u32) -> io::Result<Option<Record>> {
         let mut all = self.by_pid.lock();
-        if let Some(known) = all.get_mut(&pid).filter(|k| k.pidfd >= 0) {
+        if let Some(known) = all.get_mut(&pid).filter(|k| k.ended.is_none() && k.pidfd >= 0) {
             // SAFETY: open as long as the entry is here, and the lock keeps it here.
             #[allow(unsafe_code)]
             let pidfd = unsafe { BorrowedFd::borrow_raw(known.pidfd) };
-            match sys_reap::wait(Which::Pidfd(pidfd), How::Now) {
-                Ok(ended) => {
-                    known.ended = ended.map(|ended| Box::new(Record::of(&ended))).or(known.ended.take());
-                    return Ok(());
-                }
-                Err(e) if e.raw_os_error() != Some(libc::ECHILD) => return Err(e),
+            match told(sys_reap::wait(Which::Pidfd(pidfd), How::Now))? {
+                Reaped::Record(record) => known.ended = Some(record),
+                Reaped::NotYet => {}
                 // Its holder will find out by the same means.
-                Err(_) => drop(all.remove(&pid)),
+                Reaped::Gone => drop(all.remove(&pid)),
             }
+            return Ok(None);
         }
-        drop(all);
-        match sys_reap::wait(Which::Pid(pid), How::Now) {
-            Ok(Some(ended)) => drop(self.hand_in(pid, Record::of(&ended))),
+        let Reaped::Record(record) = told(sys_reap::wait(Which::Pid(pid), How::Now))? else {
             // Somebody was faster.
-            Ok(None) => {}
-            Err(e) if e.raw_os_error() == Some(libc::ECHILD) => {}
-            Err(e) => return Err(e),
+            return Ok(None);
+        };
+        match all.get_mut(&pid) {
+            // The number was another's, whose holder has yet to come.
+            Some(known) if known.ended.is_some() => return Ok(Some(*record)),
+            Some(known) => known.ended = Some(record),
+            None => drop(all.insert(pid, Known::nobodys(record))),
         }
-        Ok(())
+        Ok(None)
     }
 
     /// A status that somebody reaped by number.
@@ -178,7 +200,7 @@ impl Children {
                 HandedIn::For(known.holder)
             }
             _ => {
-                all.insert(pid, Known { start: 0, pidfd: -1, holder: Holder::Nobody, ended: Some(Box::new(record)) });
+                all.insert(pid, Known::nobodys(Box::new(record)));
                 HandedIn::Unknown
             }
         }

@@ -141,7 +141,8 @@ impl Reaper {
     }
 
     /// The main loop has waited for `pid` and got `status`: if it is one of this reaper's, its callback runs now. A status that says
-    /// "stopped" or "continued" is taken note of and ends nobody.
+    /// "stopped" or "continued" is taken note of and ends nobody. A child that a [`Child`](crate::Child) holds gets the status too, if it
+    /// has not been asked between the two waits.
     ///
     /// # Errors
     /// [`UnknownChild`] if it is not this reaper's, and not held by a [`Child`](crate::Child) either.
@@ -241,13 +242,13 @@ pub(crate) fn before_dispatch(shared: &Arc<Shared>) -> io::Result<()> {
         }
     }
     if mode.reaps_all() {
-        reap_all()?;
-        for (pid, record) in children().strangers() {
+        let displaced = reap_all()?;
+        for (pid, record) in displaced.into_iter().chain(children().strangers()) {
             offer(pid, record)?;
         }
     } else if mode == SigchldOwner::Selective && sigchld::was_ignored() {
         // Without our handler the kernel would have thrown these away.
-        reap_all()?;
+        drop(reap_all()?);
         drop(children().strangers());
     } else if mode == SigchldOwner::MainLoop {
         // Those were refused already.
@@ -256,13 +257,17 @@ pub(crate) fn before_dispatch(shared: &Arc<Shared>) -> io::Result<()> {
     Ok(())
 }
 
-/// Reaps every child of this process that has ended. What carefork knows goes to its holder, when that asks.
-fn reap_all() -> io::Result<()> {
+/// Reaps every child of this process that has ended. What carefork knows goes to its holder, when that asks; strangers wait in
+/// `known`, but for those whose number another's status lies under.
+fn reap_all() -> io::Result<Vec<(u32, Record)>> {
+    let mut displaced = Vec::new();
     loop {
         match sys_reap::wait(sys_reap::Which::Any, sys_reap::How::Peek) {
-            Ok(Some(ended)) => children().reap_found(ended.pid)?,
-            Ok(None) => return Ok(()),
-            Err(e) if e.raw_os_error() == Some(libc::ECHILD) => return Ok(()),
+            Ok(Some(ended)) => {
+                displaced.extend(children().reap_found(ended.pid)?.map(|record| (ended.pid, record)));
+            }
+            Ok(None) => return Ok(displaced),
+            Err(e) if e.raw_os_error() == Some(libc::ECHILD) => return Ok(displaced),
             Err(e) => return Err(e),
         }
     }
