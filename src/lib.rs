@@ -15,6 +15,7 @@
 //!   [`NamedFds`] keeps descriptors by name.
 //! - **Forking**: [`fork`], [`spawn`], [`ForkOptions`]; the child holds an [`InChild`] token, the parent a [`Child`].
 //! - **Seeing**: [`audit()`] for what children would get, [`report()`] for what is going on, [`stats`] for what went on.
+//! - **Children**: a [`Child`] is waited for and signalled by pidfd; a [`Reaper`] watches any number of them, and calls back once for each.
 //!
 //! # What a child may do
 //! A child made by [`spawn`], or one that called [`InChild::cleanup`], may use every carefork lock, registered foreign locks,

@@ -101,6 +101,10 @@ fn watches() {
     let exit = only(&reaper, &exits);
     assert_eq!((exit.code(), exit.name.as_deref()), (Some(5), Some("worker")));
 
+    // Forked without a pidfd: it gets one where there are any.
+    let (_, exits) = watch(&reaper, forked(&ForkOptions::new().pidfd(false), |_| 6));
+    assert_eq!(only(&reaper, &exits).code(), Some(6));
+
     // Status taken by another wait: said so, once.
     let (_, exits) = watch(&reaper, ends_with(7));
     // SAFETY: no status is asked for.
@@ -526,13 +530,34 @@ fn terminate() {
             thread::yield_now();
         }
         leader.terminate(hour).expect("a status");
-        let end = Instant::now() + raw::patience(SOON);
-        let path = format!("/proc/{}/stat", member.load(SeqCst));
-        while std::fs::read_to_string(&path).is_ok_and(|stat| !stat.contains(") Z ")) {
-            assert!(Instant::now() < end, "a member of the group lives on");
+        gone(member.load(SeqCst));
+        // The same by a reaper.
+        member.store(0, SeqCst);
+        let leader = forked(&options, |token| {
+            drop(token);
+            let child = stubborn(&ForkOptions::new());
+            member.store(child.id().into(), SeqCst);
+            sleep_on()
+        });
+        while member.load(SeqCst) == 0 {
             thread::yield_now();
         }
+        let (watched, exits) = watch(&reaper, leader);
+        watched.terminate(hour).expect("ours");
+        assert_eq!(only(&reaper, &exits).signal(), Some(libc::SIGTERM));
+        gone(member.load(SeqCst));
     });
+}
+
+/// Not our child: what is left of a group.
+#[track_caller]
+fn gone(pid: u64) {
+    let end = Instant::now() + raw::patience(SOON);
+    let path = format!("/proc/{pid}/stat");
+    while std::fs::read_to_string(&path).is_ok_and(|stat| !stat.contains(") Z ")) {
+        assert!(Instant::now() < end, "a member of the group lives on");
+        thread::yield_now();
+    }
 }
 
 /// C6: in a child, a parent's reaper is nobody's.

@@ -1,5 +1,6 @@
 //! Forks: two processes of this program take turns on the same work, one with `CAREFORK=off`.
 
+use crate::children;
 use crate::measure::{median, row, turns};
 use carefork::{CareFd, Fork, ForkOptions, Hook, Signals};
 use std::io::{BufRead, BufReader, Write};
@@ -202,6 +203,8 @@ pub(crate) fn serve() {
             "bare p99" => p99(bare),
             "inherit p99" => p99(|| careful(&inherit)),
             "qemu" => time(qemu),
+            "children by reaper" => children::started_and_reaped(250),
+            "children by waitpid" => children::forked_and_waited(250),
             "cleanup" => in_child(|| {
                 let t = Instant::now();
                 unsafe { carefork::postfork_child_noexec() }.unwrap();

@@ -7,6 +7,7 @@
 #![allow(unsafe_code, clippy::disallowed_methods, clippy::undocumented_unsafe_blocks)]
 #![allow(clippy::multiple_unsafe_ops_per_block, clippy::type_complexity, let_underscore_drop)]
 
+mod children;
 mod exec;
 mod forks;
 mod logs;
@@ -24,6 +25,10 @@ fn main() {
         exec::serve();
         return;
     }
+    if args.first().map(String::as_str) == Some("dispatch") {
+        children::dispatch_once();
+        return;
+    }
     let wanted = |name: &str| args.is_empty() || args.iter().any(|a| name.contains(a.as_str()));
     println!("| what | ours | rival | ratio | to reach | |");
     println!("|---|---|---|---|---|---|");
@@ -32,4 +37,5 @@ fn main() {
     forks::rows(&wanted);
     logs::rows(&wanted);
     exec::rows(&wanted);
+    children::rows(&wanted);
 }

@@ -17,6 +17,8 @@ pub(crate) struct Body {
     pidfd: Option<CareFd<OwnedFd>>,
     /// It leads a session of its own, and so a process group.
     pub(crate) leads: bool,
+    /// It was asked to end, with its group: what is left of the group when it has ended is to be killed.
+    ending: bool,
     /// Written down in `known`.
     known: bool,
     start: u64,
@@ -37,7 +39,8 @@ impl Body {
 
     fn with(pid: u32, pidfd: Option<CareFd<OwnedFd>>) -> Self {
         let generation = runtime::generation();
-        let mut body = Body { pid, pidfd, leads: false, known: false, start: clock::now(), generation, name: None };
+        let mut body =
+            Body { pid, pidfd, leads: false, ending: false, known: false, start: clock::now(), generation, name: None };
         if known::is_wanted() {
             body.write_down();
         }
@@ -46,7 +49,16 @@ impl Body {
 
     /// In the place of one that was handed on.
     pub(crate) fn nobody() -> Self {
-        Body { pid: 0, pidfd: None, leads: false, known: false, start: 0, generation: u64::MAX, name: None }
+        Body {
+            pid: 0,
+            pidfd: None,
+            leads: false,
+            ending: false,
+            known: false,
+            start: 0,
+            generation: u64::MAX,
+            name: None,
+        }
     }
 
     pub(crate) fn without_pidfd(mut self) -> Self {
@@ -93,6 +105,21 @@ impl Body {
 
     fn is_not_another(&self) -> bool {
         !self.known || children().is(self.pid, self.start)
+    }
+
+    /// For a holder that has to hear of the end: one that was forked without is given a pidfd now, where there are any.
+    pub(crate) fn want_pidfd(&mut self) {
+        if self.pidfd.is_none() && !self.known && self.is_ours() {
+            self.pidfd = watch(self.pid);
+        }
+    }
+
+    /// Before it is reaped, as long as the group's number is its own.
+    pub(crate) fn end_group(&self) {
+        if self.ending && self.leads && self.is_zombie() {
+            // Nobody left is as good as killed.
+            drop(self.signal_all(libc::SIGKILL));
+        }
     }
 
     /// Reaps the child if it has ended, or waits for that. A status that is gone is a record of its own.
@@ -188,7 +215,8 @@ impl Body {
     }
 
     /// SIGTERM, to be followed by SIGKILL. A stopped process would not hear of it.
-    pub(crate) fn ask_to_end(&self) -> io::Result<()> {
+    pub(crate) fn ask_to_end(&mut self) -> io::Result<()> {
+        self.ending = true;
         self.signal_all(libc::SIGTERM)?;
         self.signal_all(libc::SIGCONT)
     }

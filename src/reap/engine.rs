@@ -224,7 +224,10 @@ impl<T> Engine<T> {
         let Some(entry) = table.at(key) else { return Ok(None) };
         let record = match entry.record.take() {
             Some(record) => Some(*record),
-            None => entry.body.look(How::Now)?,
+            None => {
+                entry.body.end_group();
+                entry.body.look(How::Now)?
+            }
         };
         let Some(record) = record else {
             // A pidfd that is readable before the child can be waited for: a debugger waits first. It would fire on and on.

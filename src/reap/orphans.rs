@@ -30,12 +30,13 @@ pub(crate) fn descriptor() -> Option<BorrowedFd<'static>> {
 }
 
 /// Reaps the child now or later.
-pub(crate) fn adopt(body: Body) {
+pub(crate) fn adopt(mut body: Body) {
     // Most have ended, or were waited for.
     if !body.is_ours() || !matches!(body.look(How::Now), Ok(None)) {
         return;
     }
     if let Some(engine) = engine() {
+        body.want_pidfd();
         // Out of memory or of watches: asked by number from now on, if there is room for that.
         if let Err((body, (), _)) = engine.add(body, (), None) {
             drop(engine.add(body.without_pidfd(), (), None));

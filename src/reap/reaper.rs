@@ -226,6 +226,9 @@ impl Shared {
         let (mut body, exit) = child.into_parts();
         // Waited for before.
         let record = exit.map(|exit| Box::new(body.take_back(exit)));
+        if record.is_none() {
+            body.want_pidfd();
+        }
         match self.engine.add(body, then, record) {
             Ok(key) => {
                 owner::children_changed(self);
