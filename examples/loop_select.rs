@@ -16,7 +16,10 @@ pub(crate) fn main() -> Result<(), Box<dyn Error>> {
 
 pub(crate) fn run(demo: bool) -> Result<(), Box<dyn Error>> {
     let (press, pressed) = bounded(1);
-    ctrlc::set_handler(move || drop(press.try_send(())))?;
+    ctrlc::set_handler(move || {
+        // Pressed twice is pressed.
+        let _full = press.try_send(());
+    })?;
     let reaper = Reaper::new()?;
     let exits = reaper.receiver()?;
     let mut workers: Vec<Watched> = (0..2).map(|_| start(&reaper, demo)).collect::<Result<_, _>>()?;

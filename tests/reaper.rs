@@ -362,7 +362,9 @@ fn many_threads_dispatch() {
             let _stop = stop.on_drop();
             for i in 0..300 {
                 let calls = Arc::clone(&calls);
-                let then = move |_| drop(calls[i].fetch_add(1, SeqCst));
+                let then = move |_| {
+                    calls[i].fetch_add(1, SeqCst);
+                };
                 reaper.watch(ends_with(0), then).expect("watched");
             }
             let end = Instant::now() + raw::patience(Duration::from_secs(60));
@@ -604,7 +606,7 @@ fn in_a_child_the_parents_reaper_does_nothing() {
         };
         let run = |token: Option<carefork::InChild>| {
             // SAFETY: nothing borrowed from a care-fd is used afterwards.
-            drop(token.map(|token| unsafe { token.cleanup() }));
+            let _done = token.map(|token| unsafe { token.cleanup() });
             inside()
         };
         let options = ForkOptions::new();

@@ -63,7 +63,11 @@ fn a_thousand_live_and_a_hundred_dead() {
             .into_iter()
             .map(|child| {
                 let called = Arc::clone(&called);
-                reaper.watch(child, move |_| drop(called.fetch_add(1, SeqCst))).expect("watched")
+                reaper
+                    .watch(child, move |_| {
+                        called.fetch_add(1, SeqCst);
+                    })
+                    .expect("watched")
             })
             .collect();
         strace_mark("idle-from");
@@ -117,15 +121,21 @@ fn memory_and_descriptors_of_a_watched_child() {
         let n = 1000;
         for child in asleep(n) {
             let called = Arc::clone(&called);
-            let watched = reaper.watch(child, move |_| drop(called.fetch_add(1, SeqCst))).expect("watched");
+            let watched = reaper
+                .watch(child, move |_| {
+                    called.fetch_add(1, SeqCst);
+                })
+                .expect("watched");
             pids.push(watched.id().cast_signed());
         }
         let (each, descriptors) = ((HELD.load(SeqCst) - memory) / n, fds() - open);
         println!("{each} bytes and {descriptors} descriptors for {n} watched children");
         assert!(each <= 200, "{each} bytes each");
         assert_eq!(descriptors, n);
-        // SAFETY: children of the test's.
-        pids.iter().for_each(|&pid| drop(unsafe { libc::kill(pid, libc::SIGKILL) }));
+        for &pid in &pids {
+            // SAFETY: a child of the test's.
+            unsafe { libc::kill(pid, libc::SIGKILL) };
+        }
         let end = Instant::now() + raw::patience(Duration::from_secs(100));
         while called.load(SeqCst) < n as u32 {
             assert!(Instant::now() < end, "not all were reaped");
@@ -156,11 +166,10 @@ fn in_a_namespace(f: impl FnOnce()) {
     // A child for the namespace to begin with; by foreign code, as carefork's own are under test in it.
     let pid = kit::foreign(|| {
         let none = std::ptr::null();
-        // SAFETY: C strings; /proc of this namespace over the other one, seen by nobody else.
-        unsafe {
-            libc::mount(none, c"/".as_ptr(), none, libc::MS_REC | libc::MS_PRIVATE, none.cast());
-            libc::mount(c"proc".as_ptr(), c"/proc".as_ptr(), c"proc".as_ptr(), 0, none.cast());
-        }
+        // SAFETY: C strings; a mount namespace of this test's own.
+        unsafe { libc::mount(none, c"/".as_ptr(), none, libc::MS_REC | libc::MS_PRIVATE, none.cast()) };
+        // SAFETY: the same; /proc of this namespace over the other one, seen by nobody else.
+        unsafe { libc::mount(c"proc".as_ptr(), c"/proc".as_ptr(), c"proc".as_ptr(), 0, none.cast()) };
         match std::panic::catch_unwind(std::panic::AssertUnwindSafe(f)) {
             Ok(()) => 0,
             Err(_) => 1,

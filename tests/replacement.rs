@@ -32,8 +32,7 @@ unsafe fn cloned() -> i32 {
 }
 
 unsafe fn fails() -> i32 {
-    // SAFETY: the own thread's errno.
-    unsafe { *libc::__errno_location() = libc::EAGAIN };
+    nix::errno::Errno::set_raw(libc::EAGAIN);
     -1
 }
 

@@ -89,14 +89,15 @@ extern "C" fn plain(signal: i32) {
     assert_eq!(signal, libc::SIGCHLD);
     PLAIN.fetch_add(1, SeqCst);
     // What a handler does to errno is not for the interrupted code to see.
-    // SAFETY: an own thread's errno.
-    unsafe { *libc::__errno_location() = libc::EBADMSG };
+    nix::errno::Errno::set_raw(libc::EBADMSG);
 }
 
 extern "C" fn informed(signal: i32, info: *mut libc::siginfo_t, context: *mut libc::c_void) {
     assert!(signal == libc::SIGCHLD && !context.is_null());
-    // SAFETY: the kernel's siginfo of a SIGCHLD.
-    SENDER.store(unsafe { (*info).si_pid() }, SeqCst);
+    // SAFETY: the kernel's siginfo, for as long as the handler runs.
+    let info = unsafe { &*info };
+    // SAFETY: a SIGCHLD has it.
+    SENDER.store(unsafe { info.si_pid() }, SeqCst);
     INFORMED.fetch_add(1, SeqCst);
 }
 
@@ -400,12 +401,9 @@ fn the_handler_is_quiet() {
         let reaper = Reaper::new().expect("a reaper");
         reaper.set_owner(SigchldOwner::Always).expect("owned");
         let storm = || {
-            // SAFETY: the own thread's errno; a signal to itself.
-            unsafe {
-                *libc::__errno_location() = libc::EXDEV;
-                libc::pthread_kill(libc::pthread_self(), libc::SIGCHLD);
-                *libc::__errno_location()
-            }
+            nix::errno::Errno::set_raw(libc::EXDEV);
+            raw_raise();
+            raw::errno()
         };
         let seen = PLAIN.load(SeqCst);
         assert_eq!(storm(), libc::EXDEV);
@@ -544,9 +542,12 @@ fn in_a_child_the_handler_is_nobodys() {
     });
 }
 
+/// To the calling thread.
 fn raw_raise() {
-    // SAFETY: a signal to itself, in the thread that runs.
-    unsafe { libc::pthread_kill(libc::pthread_self(), libc::SIGCHLD) };
+    // SAFETY: takes nothing.
+    let own = unsafe { libc::pthread_self() };
+    // SAFETY: a thread that runs.
+    unsafe { libc::pthread_kill(own, libc::SIGCHLD) };
 }
 
 /// SEEDS: a child is known before any reaper can see it. An owner that reaps every child takes none of carefork's for a stranger,

@@ -131,7 +131,11 @@ pub(crate) fn started_and_reaped(n: u32) -> f64 {
         };
         let ended = Arc::clone(&ended);
         let counted = Arc::clone(&ended);
-        reaper.watch(child, move |_| drop(counted.fetch_add(1, Ordering::Relaxed))).unwrap();
+        reaper
+            .watch(child, move |_| {
+                counted.fetch_add(1, Ordering::Relaxed);
+            })
+            .unwrap();
         while ended.load(Ordering::Relaxed) == i {
             poll_in(reaper.as_raw_fd());
             reaper.dispatch().unwrap();
@@ -197,7 +201,9 @@ pub(crate) fn rows(wanted: &dyn Fn(&str) -> bool) {
         let each = (heap() - before) / 1000;
         let verdict = if each <= 200 { "reached" } else { "**missed**" };
         println!("| {what} | {each} bytes and a descriptor | | | ≤ 200 bytes and one | {verdict} |");
-        pids.iter().for_each(|&pid| drop(unsafe { libc::kill(pid as i32, libc::SIGKILL) }));
+        for &pid in &pids {
+            unsafe { libc::kill(pid as i32, libc::SIGKILL) };
+        }
         while !reaper.is_empty() {
             poll_in(reaper.as_raw_fd());
             reaper.dispatch().unwrap();
