@@ -242,7 +242,8 @@ fn descriptors(plan: &Plan) -> Result<(), Failure> {
         let done = match *step {
             Move::Stay(fd) => sys_exec::keep_across_exec(fd),
             Move::Dup { from, to } => sys_exec::dup_onto(from, to),
-            Move::Aside { from, .. } => put_aside(from, &plan.moves.targets).map(|fd| aside = fd),
+            // Rings come last: every number that is still to be written is open, and so is not given out.
+            Move::Aside { from, .. } => sys_exec::dup_above(from, 0).map(|fd| aside = fd),
             Move::Back { to, .. } => {
                 let done = sys_exec::dup_onto(aside, to);
                 sys_exec::close(aside);
@@ -253,22 +254,6 @@ fn descriptors(plan: &Plan) -> Result<(), Failure> {
     }
     sys_exec::close_others_at_exec(&plan.moves.targets);
     Ok(())
-}
-
-/// A copy at a number that is neither open nor to be written; both may be any number there is.
-pub(crate) fn put_aside(from: RawFd, targets: &[RawFd]) -> Result<RawFd, Errno> {
-    let mut least = 3;
-    loop {
-        while targets.binary_search(&least).is_ok() {
-            least += 1;
-        }
-        let fd = sys_exec::dup_above(from, least)?;
-        if targets.binary_search(&fd).is_err() {
-            return Ok(fd);
-        }
-        sys_exec::close(fd);
-        least = fd + 1;
-    }
 }
 
 /// Returns only without success. As execvp(3) goes along PATH, and as posix_spawnp hands no script without a `#!` to a shell.

@@ -36,7 +36,7 @@ use crate::runtime::{Start, count};
 use crate::signals::Signals;
 use crate::{clock, sys, sys_exec};
 use std::io::{self, PipeReader, Read};
-use std::os::fd::{AsRawFd, FromRawFd, OwnedFd};
+use std::os::fd::{AsRawFd, FromRawFd, OwnedFd, RawFd};
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::atomic::Ordering::Relaxed;
 use std::time::Duration;
@@ -160,10 +160,26 @@ fn report_pipe(plan: &Plan) -> io::Result<(CareFd<PipeReader>, CareFd<OwnedFd>)>
     let region = no_forking();
     let (from, to) = io::pipe()?;
     let from = region.care(from)?;
-    let above = exec_child::put_aside(to.as_raw_fd(), &plan.moves.targets).map_err(io::Error::from_raw_os_error)?;
+    let above = put_aside(to.as_raw_fd(), &plan.moves.targets).map_err(io::Error::from_raw_os_error)?;
     // SAFETY: the kernel just gave us this number.
     let to = region.care(unsafe { OwnedFd::from_raw_fd(above) })?;
     Ok((from, to))
+}
+
+/// A copy at a number that is neither open nor one of `targets`, which are sorted.
+fn put_aside(from: RawFd, targets: &[RawFd]) -> Result<RawFd, i32> {
+    let mut least = 3;
+    loop {
+        while targets.binary_search(&least).is_ok() {
+            least += 1;
+        }
+        let fd = sys_exec::dup_above(from, least)?;
+        if targets.binary_search(&fd).is_err() {
+            return Ok(fd);
+        }
+        sys_exec::close(fd);
+        least = fd + 1;
+    }
 }
 
 fn prepare_and_exec(plan: &Plan, before: &sys::SigSet, closures: &mut [PreExec]) -> Failure {

@@ -139,6 +139,10 @@ fn each_step_that_fails_is_named_and_leaves_nothing() {
             &Step::NotOpen { from: 300, to: open.as_raw_fd() },
             libc::EBADF,
         );
+        // A forked child's error comes through a pipe, whose number may be asked for.
+        let mut low = Command::new("/nonexistent");
+        (3..20).for_each(|n| drop(low.pass_fd_as(&open, n)));
+        fails(&mut low, &Step::Exec("/nonexistent".into()), libc::ENOENT);
         let far = 1 << 30;
         let too_high = Step::Descriptor { from: open.as_raw_fd(), to: far };
         fails(Command::new("true").pass_fd_as(&open, far), &too_high, libc::EBADF);

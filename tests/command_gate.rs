@@ -257,6 +257,33 @@ fn a_start_that_was_overtaken_gives_way() {
     assert_eq!(self_fds().as_slice(), before.as_slice());
 }
 
+/// A signal that comes while the child gets ready meets its default, and no handler of the parent's in the parent's memory.
+#[test]
+fn no_handler_of_the_parent_runs_in_the_child() {
+    static RAN: AtomicU32 = AtomicU32::new(0);
+    extern "C" fn count(_: i32) {
+        RAN.fetch_add(1, SeqCst);
+    }
+    let name = "no_handler_of_the_parent_runs_in_the_child";
+    if !delayed(name, "chdir:delay_enter=1000000") {
+        return;
+    }
+    kit::catch(libc::SIGUSR2, count);
+    for signals in [Signals::Reset, Signals::Inherit, Signals::List(vec![libc::SIGUSR1])] {
+        thread::scope(|scope| {
+            scope.spawn(|| {
+                while !has_child() {
+                    thread::yield_now();
+                }
+                to_children(libc::SIGUSR2);
+            });
+            let status = Command::new("true").current_dir("/").signals(signals.clone()).status().expect("it starts");
+            assert_eq!(std::os::unix::process::ExitStatusExt::signal(&status), Some(libc::SIGUSR2), "{signals:?}");
+        });
+    }
+    assert_eq!(RAN.load(SeqCst), 0);
+}
+
 /// The parent ends before the child has asked for its death signal: the child notices.
 #[test]
 fn a_parent_that_ended_before_the_death_signal_was_set() {
@@ -294,7 +321,7 @@ fn a_child_that_is_killed_at_once_leaves_the_gate_open() {
             let _stop = stop.on_drop();
             scope.spawn(|| {
                 while !stop.is_set() {
-                    kill_children();
+                    to_children(libc::SIGKILL);
                 }
             });
             for _ in 0..300 {
@@ -310,14 +337,14 @@ fn a_child_that_is_killed_at_once_leaves_the_gate_open() {
     });
 }
 
-/// SIGKILL to every child of this process.
-fn kill_children() {
+/// A signal to every child of this process.
+fn to_children(signal: i32) {
     let list = std::fs::read_dir("/proc/self/task").expect("/proc");
     for task in list.flatten() {
         let children = std::fs::read_to_string(task.path().join("children")).unwrap_or_default();
         for pid in children.split_whitespace().filter_map(|pid| pid.parse().ok()) {
             // SAFETY: a child of this process; if it was reaped meanwhile there is nobody.
-            unsafe { libc::kill(pid, libc::SIGKILL) };
+            unsafe { libc::kill(pid, signal) };
         }
     }
 }
