@@ -77,7 +77,7 @@ impl Drop for LetGo<'_> {
     }
 }
 
-/// A subsystem's part in a fork, to be given to [`register`].
+/// A subsystem's part in a fork, to be given to [`register`](crate::register).
 ///
 /// `prepare` runs before the fork on the forking thread, by rising rank; then `parent` in the parent, `child` in every child (soon
 /// to exec or not, so it must be tiny), `undo` where the fork did not happen, all by falling rank; `cleanup` only in a child
