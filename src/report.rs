@@ -1,4 +1,4 @@
-//! What this process's carefork has in its hands now: hooks, regions, care-fds, counters (D2).
+//! What this process's carefork has in its hands now: hooks, regions, care-fds, children, counters (D2).
 //!
 //! [`report`] is for people: a table in a log or on a terminal of a process that does not fork when it should, or whose forks go
 //! ahead dirty. It costs nothing until it is asked for.
@@ -30,7 +30,16 @@ pub fn report() -> Report {
     // Before anything that opens something, which is a region of its own.
     let regions = regions();
     let waiting = stdio::waiting();
-    Report { pid: std::process::id(), lineage, regions, hooks: hooks(), waiting, care_fds: care_fds(), stats: stats() }
+    Report {
+        pid: std::process::id(),
+        lineage,
+        regions,
+        hooks: hooks(),
+        waiting,
+        care_fds: care_fds(),
+        children: children(),
+        stats: stats(),
+    }
 }
 
 /// What [`report`] found. Shows itself as tables of at most 100 columns.
@@ -49,6 +58,9 @@ pub struct Report {
     pub regions: Vec<RegionEntry>,
     /// The registered descriptors, rising.
     pub care_fds: Vec<CareFdEntry>,
+    /// This process's children that nobody has waited for, rising; from `/proc/self/task/*/children`. `None` where the kernel has no such
+    /// file.
+    pub children: Option<Vec<ChildEntry>>,
     /// What was counted.
     pub stats: Stats,
 }
@@ -96,6 +108,44 @@ pub struct CareFdEntry {
     pub target: String,
 }
 
+/// A child of this process, whoever made it.
+#[derive(Clone, Debug, PartialEq, Eq)]
+#[non_exhaustive]
+pub struct ChildEntry {
+    /// Its number.
+    pub pid: u32,
+    /// Its name as ps(1) shows it, at most 15 bytes.
+    pub name: String,
+    /// Its state as ps(1) shows it: `R` runs, `S` sleeps, `Z` has ended and was not waited for.
+    pub state: char,
+}
+
+fn children() -> Option<Vec<ChildEntry>> {
+    let mut found = Vec::new();
+    let mut seen = false;
+    // Every task has the children that it made itself. One that ends meanwhile hands them to another.
+    for task in std::fs::read_dir("/proc/self/task").ok()?.flatten() {
+        let Ok(list) = std::fs::read_to_string(task.path().join("children")) else { continue };
+        seen = true;
+        found.extend(list.split_whitespace().filter_map(|pid| ChildEntry::of(pid.parse().ok()?)));
+    }
+    found.sort_by_key(|c: &ChildEntry| c.pid);
+    found.dedup_by_key(|c| c.pid);
+    seen.then_some(found)
+}
+
+impl ChildEntry {
+    /// `None` if it was waited for meanwhile.
+    fn of(pid: u32) -> Option<Self> {
+        let stat = std::fs::read(format!("/proc/{pid}/stat")).ok()?;
+        let stat = String::from_utf8_lossy(&stat);
+        // "pid (name) state parent ...": the name may hold brackets and blanks.
+        let (head, tail) = stat.rsplit_once(')')?;
+        let name = head.split_once('(')?.1.to_owned();
+        Some(ChildEntry { pid, name, state: tail.trim_start().chars().next()? })
+    }
+}
+
 fn hooks() -> Option<Vec<HookEntry>> {
     Some(registration::list()?.into_iter().map(|(name, rank, waited)| HookEntry { rank, name, waited }).collect())
 }
@@ -127,6 +177,7 @@ impl fmt::Display for Report {
         self.show_stats(f)?;
         self.show_hooks(f)?;
         self.show_regions(f)?;
+        self.show_children(f)?;
         self.show_care_fds(f)
     }
 }
@@ -184,6 +235,20 @@ impl Report {
             let since = r.entered.map_or("-".to_owned(), |at| format!("{}:{}", at.file(), at.line()));
             let room = COLUMNS - 12 - 16 - head.len();
             writeln!(f, "{:>11} {name}{:pad$} {head}{}", r.tid, "", shorten(&printable(&since), room))?;
+        }
+        Ok(())
+    }
+
+    fn show_children(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let Some(children) = &self.children else {
+            return writeln!(f, "children: the kernel does not list them");
+        };
+        writeln!(f, "children: {}", children.len())?;
+        if !children.is_empty() {
+            writeln!(f, "{:>11} STATE NAME", "PID")?;
+        }
+        for c in children {
+            writeln!(f, "{:>11} {:<5} {}", c.pid, c.state, shorten(&printable(&c.name), COLUMNS - 18))?;
         }
         Ok(())
     }

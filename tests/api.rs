@@ -12,7 +12,7 @@ use carefork::inherited::InheritError;
 use carefork::log::{
     AlreadySet, BadFilter, Builder, Guarded, Logger, NoLogger, Output, RecordWriter, WhenFull, flush, set_output,
 };
-use carefork::report::{CareFdEntry, HookEntry, RegionEntry};
+use carefork::report::{CareFdEntry, ChildEntry, HookEntry, RegionEntry};
 use carefork::stdio::{Stream, Waiting};
 use carefork::tracing::{Guarded as GuardedMake, GuardedWriter, PerProcess as PerProcessMake, guarded, per_process};
 #[allow(clippy::wildcard_imports)]
@@ -69,7 +69,7 @@ is!(CareFd<File>, CareFd<OwnedFd>, CareFd<net::TcpListener> => Send + Sync + Unp
 is!(Child, InChild, Fork, ForkOptions<'static>, Hook, Registration, Veto, Signals, OnFork, Cleanup, NoForking => Debug);
 is!(Child, ForkOptions<'static>, Signals, OnFork, Cleanup, Lineage, Stats, Durations, CareFd<File> => UnwindSafe + RefUnwindSafe);
 is!(Child, ForkOptions<'static>, Signals, OnFork, Cleanup, Lineage, Stats, CareFd<File> => UnwindSafe + RefUnwindSafe);
-is!(Report, HookEntry, RegionEntry, CareFdEntry => Send + Sync + Debug + Unpin + Clone + Eq);
+is!(Report, HookEntry, RegionEntry, CareFdEntry, ChildEntry => Send + Sync + Debug + Unpin + Clone + Eq);
 is!(Audit, Descriptor, Care, Fate, Kind => Send + Sync + Debug + Unpin + Clone + Eq + UnwindSafe + RefUnwindSafe);
 is!(Care, Fate, Kind => Copy);
 is!(Audit, Fate, Kind, Report => std::fmt::Display);

@@ -8,7 +8,7 @@ mod kit;
 use carefork::audit::Kind;
 use carefork::report::{CareFdEntry, HookEntry};
 use carefork::testing::advance;
-use carefork::{CareFd, Fork, Hook, Mutex, OnFork, Report, force_unlock, no_forking, register, report};
+use carefork::{CareFd, Fork, ForkOptions, Hook, Mutex, OnFork, Report, force_unlock, no_forking, register, report};
 use common::{check, isolated};
 use kit::{InRegion, code};
 use std::fs::File;
@@ -216,6 +216,14 @@ fn the_report_reads_well() {
             Fork::Child(child) => child.exit(0),
             Fork::Parent(mut child) => assert_eq!(code(&mut child), 0),
         }
+        let asleep = kit::forked(&ForkOptions::new().name("a child").pidfd(false), |_| {
+            thread::sleep(Duration::from_secs(60));
+            0
+        });
+        let call = format!("/proc/{}/stat", asleep.id());
+        while !std::fs::read_to_string(&call).is_ok_and(|s| s.contains("(a child) S")) {
+            thread::yield_now();
+        }
         let sleeper = InRegion::new("長い名前です");
         let found = report();
         let tid = found.regions[0].tid;
@@ -223,6 +231,8 @@ fn the_report_reads_well() {
         let mut text = format!("{found}\n");
         text = text.replace(&format!("process {}:", found.pid), "process PID:");
         text = text.replace(&format!("{tid:>11}"), "        TID");
+        text = text.replace(&format!("{:>11}", asleep.id()), "        PID");
+        asleep.kill().expect("it is ours");
         let golden = match entered {
             Some(entered) => {
                 text = text.replace(&entered, "FILE:LINE");
@@ -253,21 +263,24 @@ fn a_name_moves_no_cursor() {
 
 const GOLDEN: &str = "\
 carefork in process PID: generation 0
-forks: 1 own, 0 by foreign code, 0 refused
+forks: 2 own, 0 by foreign code, 0 refused
        0 dirty, 0 late, 0 inside a region, 0 children thrown away
 gate: 0 times reopened by a waiter; 0 lines on fd 2 dropped
 forks waited for     TIMES   MEDIAN      P99  LONGEST    TOTAL
-  other forks            1        0        0        0        0
-  regions                1        0        0        0        0
-  hooks                  1  3.40 ms  3.40 ms  3.40 ms  3.40 ms
-  the copy               1        0        0        0        0
+  other forks            2        0        0        0        0
+  regions                2        0        0        0        0
+  hooks                  2  3.40 ms  3.40 ms  3.40 ms  6.80 ms
+  the copy               2        0        0        0        0
 hooks: 2
        RANK    WAITED  LONGEST    TOTAL NAME
 -2147483648         0        0        0 hhhhhhhhhhhhhhhhhhhhhhhhhhhh...hhhhhhhhhhhhhhhhhhhhhhhhhhhhh
-         -5         1  3.40 ms  3.40 ms database
+         -5         2  3.40 ms  6.80 ms database
 threads in regions: 1
         TID NAME            REGIONS LOCKS SINCE
         TID 長い名前で            1     0 FILE:LINE
+children: 1
+        PID STATE NAME
+        PID S     a child
 care-fds: 2
          FD ON FORK KIND           TARGET
           3 cleanup device         /dev/null
