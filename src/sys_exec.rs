@@ -2,7 +2,7 @@
 //!
 //! **Invariant:** nothing here goes through libc, allocates, or can panic. Between clone and exec the child has the memory and the
 //! thread-local storage of the thread that started it: libc's functions would write that thread's errno, act on its
-//! cancellation, and hand a change of user to its process's other threads.
+//! cancellation, and hand a change of user to its process's other threads (musl does; glibc takes locks that are shared with them).
 
 #![allow(unsafe_code)]
 

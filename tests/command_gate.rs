@@ -72,7 +72,12 @@ fn the_child_takes_its_steps_in_order() {
         if root {
             command.uid(1).gid(1);
         }
-        assert!(command.status().expect("it starts").success());
+        thread::scope(|scope| {
+            // Another thread, which libc's setuid would look for.
+            let other = scope.spawn(thread::park);
+            assert!(command.status().expect("it starts").success());
+            other.thread().unpark();
+        });
     });
     let Some(calls) = calls else { return };
     let clone = calls.iter().position(|c| c.name == "clone" && c.line.contains("CLONE_VFORK")).expect("a vfork");
