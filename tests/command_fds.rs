@@ -24,8 +24,9 @@ fn lister() -> PathBuf {
     let program = exe.parent().and_then(Path::parent).expect("target/debug").join("examples/fdlist");
     if std::env::var_os("CAREFORK_ISOLATED").is_none() && !program.exists() {
         // `cargo test` has built it; `cargo test --test command_fds` has not.
-        let built = std::process::Command::new(env!("CARGO")).args(["build", "--example", "fdlist"]).status();
-        assert!(built.expect("cargo").success());
+        let release: &[&str] = if cfg!(debug_assertions) { &[] } else { &["--release"] };
+        let mut build = std::process::Command::new(env!("CARGO"));
+        assert!(build.args(["build", "--example", "fdlist"]).args(release).status().expect("cargo").success());
     }
     program
 }
