@@ -537,6 +537,30 @@ fn refused_calls_are_done_without() {
     });
 }
 
+/// No child at all: the thread itself opens the gate.
+#[test]
+fn a_clone_that_fails_leaves_everything_as_it_was() {
+    for errno in [libc::EAGAIN, libc::EPERM] {
+        let refuse = vec![common::Refuse::call(libc::SYS_clone, errno)];
+        let setup = Setup { refuse, env: vec![("ERRNO".to_owned(), errno.to_string())], ..Setup::default() };
+        if std::env::var_os("CAREFORK_ISOLATED").is_some() && std::env::var("ERRNO") != Ok(errno.to_string()) {
+            continue;
+        }
+        isolated_with("a_clone_that_fails_leaves_everything_as_it_was", 30, setup, || {
+            let before = State::now();
+            for _ in 0..3 {
+                let e = Command::new("true").spawn().expect_err("refused");
+                assert!(matches!(e, CommandError::Fork(ForkError::Os(_))), "{e}");
+                assert_eq!(e.raw_os_error(), Some(errno));
+            }
+            assert_eq!(State::now(), before);
+            kit::assert_no_child();
+            kit::assert_gate_open();
+            assert_eq!(carefork::stats().reopened, 0);
+        });
+    }
+}
+
 #[test]
 fn turned_off_programs_start_all_the_same() {
     let setup = Setup { env: vec![("CAREFORK".to_owned(), "off".to_owned())], ..Setup::default() };
