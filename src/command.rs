@@ -35,7 +35,7 @@ use std::time::Duration;
 /// # Beside forks
 /// A start is a fork to other threads' regions: it waits until they are over, within a budget ([`Command::timeout`]), so that it does not
 /// catch a working directory, umask or limit in the middle of a change. They are kept out until the clone, not until the exec. No
-/// hook runs. At-fork handlers of other libraries do not run either.
+/// hook runs, and no at-fork handler of another library. Locks that this thread holds over a start are held until the exec.
 ///
 /// # Errors
 /// come back as [`CommandError`], which names the step and its argument, and never as an exit code. There is no child then and

@@ -83,6 +83,8 @@ fn fails(command: &mut Command<'_>, wanted: &Step, errno: i32) {
         }
         let before = State::now();
         let e = command.spawn().expect_err("it cannot start");
+        // With two pipes and /dev/null as well.
+        assert_eq!(command.output().expect_err("it cannot start").raw_os_error(), Some(errno));
         assert_eq!(State::now(), before, "{e}");
         kit::assert_no_child();
         let CommandError::Step { step, source } = &e else { panic!("{e:?}") };
