@@ -3,15 +3,11 @@
 //! `cargo run --example qemu_monitor` (Debian package qemu-utils). Because the socket listens before the daemon exists, there is no
 //! wait loop: connect() succeeds at once, the first read waits for the greeting, and if the daemon dies instead, it fails at once.
 
-#![allow(unsafe_code)]
-
-use carefork::CareFd;
+use carefork::{CareFd, Child, Command, CommandError};
 use std::error::Error;
 use std::io::{self, BufRead, BufReader, Write};
-use std::os::fd::{AsRawFd, OwnedFd, RawFd};
+use std::os::fd::RawFd;
 use std::os::unix::net::{UnixListener, UnixStream};
-use std::os::unix::process::CommandExt;
-use std::process::{Child, Command};
 
 /// Where the daemon finds its socket.
 const NUMBER: RawFd = 3;
@@ -24,7 +20,7 @@ fn main() -> Result<(), Box<dyn Error>> {
     // Whoever is to come is here; nobody else finds it.
     std::fs::remove_file(&path)?;
 
-    let mut daemon = start(listener.into_inner().into())?;
+    let mut daemon = start(listener)?;
     let answer = talk(connection);
     // The daemon ends by `quit`, or has ended, or is of no use.
     if answer.is_err() {
@@ -37,25 +33,13 @@ fn main() -> Result<(), Box<dyn Error>> {
 }
 
 /// The daemon gets the listener, and this process gives it up: were it open here too, clients of a dead daemon would wait for ever.
-fn start(listener: OwnedFd) -> io::Result<Child> {
-    let mut command = Command::new("qemu-storage-daemon");
-    // The client is there, so wait=on does not wait; with wait=off QEMU 10.0 now and then greets twice, or never answers.
-    command.args(["--chardev", &format!("socket,fd={NUMBER},server=on,wait=on,id=monitor")]);
-    command.args(["--monitor", "chardev=monitor"]);
-    let fd = listener.as_raw_fd();
-    let pass = move || {
-        let done = if fd == NUMBER {
-            // SAFETY: takes numbers only. It is in its place; close-on-exec goes.
-            unsafe { libc::fcntl(fd, libc::F_SETFD, 0) }
-        } else {
-            // SAFETY: takes numbers only. The copy has close-on-exec clear.
-            unsafe { libc::dup2(fd, NUMBER) }
-        };
-        if done == -1 { Err(io::Error::last_os_error()) } else { Ok(()) }
-    };
-    // SAFETY: one system call, nothing is allocated.
-    unsafe { command.pre_exec(pass) };
-    command.spawn()
+fn start(listener: CareFd<UnixListener>) -> Result<Child, CommandError> {
+    Command::new("qemu-storage-daemon")
+        // The client is there, so wait=on does not wait; with wait=off QEMU 10.0 now and then greets twice, or never answers.
+        .args(["--chardev", &format!("socket,fd={NUMBER},server=on,wait=on,id=monitor")])
+        .args(["--monitor", "chardev=monitor"])
+        .pass_fd_as(&listener, NUMBER)
+        .spawn()
 }
 
 fn talk(mut connection: UnixStream) -> io::Result<()> {

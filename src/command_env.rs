@@ -8,7 +8,7 @@ use std::os::unix::ffi::OsStrExt;
 
 /// What tells this process of descriptors that it was given itself: not its programs' business, who would take some other
 /// descriptor for theirs.
-const OWN: [&str; 4] = ["LISTEN_PID", "LISTEN_FDS", "LISTEN_FDNAMES", "LISTEN_PIDFDID"];
+pub(crate) const OWN: [&str; 4] = ["LISTEN_PID", "LISTEN_FDS", "LISTEN_FDNAMES", "LISTEN_PIDFDID"];
 
 /// Changes to this process's environment.
 #[derive(Clone, Debug, Default)]

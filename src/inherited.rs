@@ -24,6 +24,7 @@
 #![allow(unsafe_code)]
 
 use crate::carefd::{CareFd, OnFork};
+use crate::command_env::OWN;
 use crate::locks::{Mutex, OnceLock};
 use crate::region::no_forking;
 use crate::{runtime, sys};
@@ -35,9 +36,6 @@ use std::os::fd::{FromRawFd, OwnedFd, RawFd};
 
 /// The first number of socket activation.
 const START: RawFd = 3;
-
-/// The variables of socket activation: they are for one process, and must not be handed on.
-pub(crate) const VARIABLES: [&str; 4] = ["LISTEN_PID", "LISTEN_FDS", "LISTEN_FDNAMES", "LISTEN_PIDFDID"];
 
 /// Why a descriptor that was to be inherited was refused. Nothing was taken, and nothing was changed, but for
 /// [`Os`](InheritError::Os).
@@ -279,7 +277,7 @@ pub unsafe fn remove_variables() {
     variables();
     // std's lock on the environment must not be held at a fork.
     let _region = no_forking();
-    for name in VARIABLES {
+    for name in OWN {
         // SAFETY: the caller's promise.
         unsafe { env::remove_var(name) };
     }

@@ -63,6 +63,14 @@ fn receiver() {
             fds("after");
             println!("\nreceiver: {:?}", inherited::listen_fds().map(|fds| fds.len()));
         }
+        Some("hand") => {
+            let names = ["LISTEN_FDS", "LISTEN_FDNAMES", "LISTEN_PID"];
+            let here = names.iter().filter(|n| std::env::var_os(n).is_some()).copied().collect::<Vec<_>>().join(" ");
+            let there = carefork::Command::new("env").output().expect("env").stdout;
+            let there =
+                String::from_utf8_lossy(&there).lines().filter(|l| l.starts_with("LISTEN_")).collect::<String>();
+            println!("\nreceiver: {here} here, there: {there}");
+        }
         Some("children") => children(),
         _ => panic!("unknown: {what}"),
     }
@@ -116,7 +124,7 @@ fn activation_by_systemds_rules() {
             ("LISTEN_PID=$$ LISTEN_FDS=1 LISTEN_FDNAMES=a:b", 2, "Names { names: 2, fds: 1 }", "name each"),
         ];
         for (variables, n, first, second) in cases {
-            let mut program = this_binary().listen(variables);
+            let mut program = this_binary().assign(variables);
             for (fd, number) in [a.as_fd(), b.as_fd()].into_iter().zip(3..).take(n) {
                 program = program.pass(fd, number);
             }
@@ -297,7 +305,7 @@ fn children() {
 fn a_forked_child_takes_nothing() {
     isolated("a_forked_child_takes_nothing", 30, || {
         let (a, b) = (listener(), listener());
-        let program = this_binary().pass(a.as_fd(), 3).pass(b.as_fd(), 7).listen("LISTEN_PID=$$ LISTEN_FDS=1");
+        let program = this_binary().pass(b.as_fd(), 7).activate("one", a.as_fd());
         assert_eq!(received(program, "children"), ["Ok(1)", "Ok(7)"]);
     });
 }
@@ -316,8 +324,22 @@ fn the_variables_go_when_told_and_what_was_passed_stays() {
     isolated("the_variables_go_when_told_and_what_was_passed_stays", 30, || {
         let a = listener();
         let variables = "LISTEN_PID=$$ LISTEN_FDS=1 LISTEN_FDNAMES=x LISTEN_PIDFDID=1";
-        let lines = received(this_binary().pass(a.as_fd(), 3).listen(variables), "environment");
+        let lines = received(this_binary().pass(a.as_fd(), 3).assign(variables), "environment");
         assert_eq!(lines, ["before LISTEN_FDNAMES,LISTEN_FDS,LISTEN_PID,LISTEN_PIDFDID", "after ", "Ok(1)"]);
+    });
+}
+
+/// What [`carefork::Command`] passes, a program takes: names, numbers, and none of it twice.
+#[test]
+fn what_command_passes_arrives() {
+    isolated("what_command_passes_arrives", 30, || {
+        let (a, b) = (listener(), listener());
+        let program = || this_binary().activate("web", b.as_fd()).activate("admin", a.as_fd()).pass(a.as_fd(), 9);
+        assert_eq!(received(program(), "listen")[0], "ok web=3 admin=4");
+        assert_eq!(received(program(), "fd 9 4"), ["ok 9", "ok 4"]);
+        // What this process was given is not handed on: the receiver's programs find no variables.
+        let lines = received(program(), "hand on");
+        assert_eq!(lines, ["LISTEN_FDS LISTEN_FDNAMES LISTEN_PID here, there: "]);
     });
 }
 

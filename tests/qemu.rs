@@ -139,11 +139,8 @@ fn qemu_nbd_is_activated_and_serves_the_image() {
 
         let listener = listen(&dir.file("socket"));
         let early = UnixStream::connect(dir.file("socket")).expect("somebody listens");
-        let mut server = Program::new("qemu-nbd")
-            .args(["-f", "raw", "-r", &path])
-            .listen("LISTEN_PID=$$ LISTEN_FDS=1")
-            .pass(listener.as_fd(), 3)
-            .start();
+        let mut server =
+            Program::new("qemu-nbd").args(["-f", "raw", "-r", &path]).activate("nbd", listener.as_fd()).start();
         drop(listener);
         let mut export = Export::open(early, "").expect("an export");
         assert_reads_back(&mut export, &bytes);
@@ -154,11 +151,8 @@ fn qemu_nbd_is_activated_and_serves_the_image() {
 
         let listener = CareFd::open_cloexec(|| TcpListener::bind("127.0.0.1:0")).expect("a listener");
         let early = TcpStream::connect(listener.local_addr().expect("its address")).expect("somebody listens");
-        let mut server = Program::new("qemu-nbd")
-            .args(["-f", "raw", "-r", &path])
-            .listen("LISTEN_PID=$$ LISTEN_FDS=1")
-            .pass(listener.as_fd(), 3)
-            .start();
+        let mut server =
+            Program::new("qemu-nbd").args(["-f", "raw", "-r", &path]).activate("nbd", listener.as_fd()).start();
         drop(listener);
         let mut export = Export::open(early, "").expect("an export");
         assert_reads_back(&mut export, &bytes);
@@ -178,7 +172,7 @@ fn qemu_nbd_minds_whom_the_variables_are_for() {
         let own = dir.file("own");
         let server = Program::new("qemu-nbd")
             .args(["-f", "raw", "-r", "-k", own.to_str().expect("text"), &path])
-            .listen("LISTEN_PID=1 LISTEN_FDS=1")
+            .assign("LISTEN_PID=1 LISTEN_FDS=1")
             .pass(listener.as_fd(), 3)
             .start();
         let stream = loop {
@@ -246,7 +240,7 @@ fn the_example_runs() {
     // Where the daemon is not to be had, it says so and leaves nothing behind.
     let (status, output) = Program::new(&example).env("PATH", "/nonexistent").start().output();
     assert_eq!(status.code(), Some(1), "{output}");
-    assert!(output.contains("NotFound"), "{output}");
+    assert!(output.contains("qemu-storage-daemon"), "{output}");
 }
 
 // -- SCM_RIGHTS, both ways

@@ -4,9 +4,6 @@
     // Each test binary uses a part of this.
     dead_code,
     unreachable_pub,
-    // The child between fork and exec.
-    unsafe_code,
-    clippy::disallowed_methods,
     clippy::expect_used,
     clippy::missing_panics_doc
 )]
@@ -14,20 +11,21 @@
 pub mod nbd;
 pub mod qmp;
 
+use carefork::{Child, Command, Stdio};
 use std::ffi::{OsStr, OsString};
-use std::io::{self, Read};
-use std::os::fd::{AsRawFd, BorrowedFd, RawFd};
-use std::os::unix::process::CommandExt;
+use std::io::Read;
+use std::os::fd::{BorrowedFd, RawFd};
 use std::path::{Path, PathBuf};
-use std::process::{Child, Command, ExitStatus, Stdio};
-use std::time::{Duration, Instant};
+use std::process::ExitStatus;
+use std::time::Duration;
 
 /// A program and what it is started with.
 pub struct Program<'a> {
     program: OsString,
     args: Vec<OsString>,
     env: Vec<(&'a str, OsString)>,
-    listen: Option<String>,
+    assign: Option<String>,
+    activate: Vec<(&'a str, BorrowedFd<'a>)>,
     pass: Vec<(BorrowedFd<'a>, RawFd)>,
 }
 
@@ -36,7 +34,8 @@ impl<'a> Program<'a> {
     /// If it is not installed.
     #[track_caller]
     pub fn new(program: impl AsRef<OsStr>) -> Self {
-        Program { program: find(program.as_ref()).into(), args: vec![], env: vec![], listen: None, pass: vec![] }
+        let program = find(program.as_ref()).into();
+        Program { program, args: vec![], env: vec![], assign: None, activate: vec![], pass: vec![] }
     }
 
     pub fn args<S: AsRef<OsStr>>(mut self, args: impl IntoIterator<Item = S>) -> Self {
@@ -55,16 +54,22 @@ impl<'a> Program<'a> {
         self
     }
 
-    /// Variables of socket activation, as a shell would assign them: `$$` is the pid of the program.
-    pub fn listen(mut self, assignments: impl Into<String>) -> Self {
-        self.listen = Some(assignments.into());
+    /// Passes a descriptor by socket activation.
+    pub fn activate(mut self, name: &'a str, fd: BorrowedFd<'a>) -> Self {
+        self.activate.push((name, fd));
         self
     }
 
-    /// Starts it with its output in a pipe. The one place where the tests of passed descriptors start a program.
+    /// Variables of socket activation, right or wrong, as a shell would assign them: `$$` is the pid of the program.
+    pub fn assign(mut self, assignments: impl Into<String>) -> Self {
+        self.assign = Some(assignments.into());
+        self
+    }
+
+    /// Starts it with its output in a pipe.
     #[track_caller]
     pub fn start(self) -> Running {
-        let mut command = match &self.listen {
+        let mut command = match &self.assign {
             None => Command::new(&self.program),
             Some(assignments) => {
                 // The shell becomes the program: LISTEN_PID is known before there is one.
@@ -74,50 +79,12 @@ impl<'a> Program<'a> {
             }
         };
         command.args(&self.args).stdin(Stdio::null()).stdout(Stdio::piped()).stderr(Stdio::piped());
-        for name in ["LISTEN_PID", "LISTEN_FDS", "LISTEN_FDNAMES"] {
-            command.env_remove(name);
+        command.envs(self.env.iter().map(|(k, v)| (k, v))).listen_fds(self.activate.iter().copied());
+        for (fd, number) in &self.pass {
+            command.pass_fd_as(fd, *number);
         }
-        command.envs(self.env.iter().map(|(k, v)| (k, v)));
-        let pass: Vec<(RawFd, RawFd)> = self.pass.iter().map(|(fd, to)| (fd.as_raw_fd(), *to)).collect();
-        let prepare = move || {
-            clean_signals();
-            put(&pass)
-        };
-        // SAFETY: `prepare` makes system calls only and allocates nothing.
-        unsafe { command.pre_exec(prepare) };
         Running { child: command.spawn().expect("the program starts") }
     }
-}
-
-/// In the child: no signal is ignored or blocked. By hand, because libc keeps its own two from being asked for.
-fn clean_signals() {
-    let default = [0usize; 4];
-    for signal in 1..=64 {
-        // SAFETY: the kernel's sigaction, all zero: the default. SIGKILL and SIGSTOP are refused.
-        unsafe { libc::syscall(libc::SYS_rt_sigaction, signal, default.as_ptr(), 0, 8) };
-    }
-    let none = 0u64;
-    // SAFETY: a kernel signal set of eight bytes.
-    unsafe { libc::syscall(libc::SYS_rt_sigprocmask, libc::SIG_SETMASK, &raw const none, 0, 8) };
-}
-
-/// In the child: each source out of the way of the targets first, then to its place, without close-on-exec.
-fn put(pass: &[(RawFd, RawFd)]) -> io::Result<()> {
-    let mut aside = [0; 32];
-    for (i, (from, _)) in pass.iter().enumerate() {
-        // SAFETY: takes numbers only.
-        aside[i] = unsafe { libc::fcntl(*from, libc::F_DUPFD_CLOEXEC, 500) };
-        if aside[i] == -1 {
-            return Err(io::Error::last_os_error());
-        }
-    }
-    for (i, (_, to)) in pass.iter().enumerate() {
-        // SAFETY: this process is about to exec; nobody else uses its descriptors.
-        if unsafe { libc::dup2(aside[i], *to) } == -1 {
-            return Err(io::Error::last_os_error());
-        }
-    }
-    Ok(())
 }
 
 /// A program that runs; killed when dropped.
@@ -133,22 +100,17 @@ impl Running {
     /// Waits for its end, no longer than a loaded machine may need.
     #[track_caller]
     pub fn end(&mut self) -> ExitStatus {
-        let deadline = Instant::now() + crate::common::raw::patience(Duration::from_secs(20));
-        loop {
-            if let Some(status) = self.child.try_wait().expect("a status") {
-                return status;
-            }
-            assert!(Instant::now() < deadline, "process {} does not end", self.child.id());
-            std::thread::sleep(Duration::from_millis(1));
-        }
+        let limit = crate::common::raw::patience(Duration::from_secs(20));
+        self.child.wait_timeout(limit).expect("a status").expect("it ends")
     }
 
     /// What it printed on both streams until it ended, and how.
     #[track_caller]
     pub fn output(mut self) -> (ExitStatus, String) {
         let mut text = String::new();
-        self.child.stdout.take().expect("piped").read_to_string(&mut text).expect("text");
-        self.child.stderr.take().expect("piped").read_to_string(&mut text).expect("text");
+        for stream in [self.child.stdout.take(), self.child.stderr.take()] {
+            stream.expect("piped").into_inner().read_to_string(&mut text).expect("text");
+        }
         (self.end(), text)
     }
 
