@@ -1,12 +1,12 @@
 //! Programs: started without a copy of this process, with the descriptors they are given and no others (X1, X2).
 
-use crate::child::Child;
 use crate::command_env::Env;
 use crate::command_error::{CommandError, Step};
 use crate::command_stdio::{Kind, Stdio, Streams, read_both};
 use crate::exec_child::{Failure, Stage};
 use crate::exec_plan::{Limit, Moves, Plan, Strings, StringsBuilder};
 use crate::exec_start::{self, NotStarted, PANICKED, PreExec};
+use crate::reap::child::Child;
 use crate::resource::Resource;
 use crate::signals::{LAST, Signals};
 use crate::{sys, sys_exec};

@@ -1,8 +1,8 @@
 //! Standard streams of a program: what to give it, and reading what it says.
 
 use crate::carefd::CareFd;
-use crate::child::Child;
 use crate::command_error::{CommandError, Step};
+use crate::reap::child::Child;
 use crate::sys;
 use std::fs::File;
 use std::io::{self, PipeReader, PipeWriter, Read};

@@ -24,13 +24,13 @@
 
 use crate::care_table::TABLE;
 use crate::carefd::CareFd;
-use crate::child::Child;
 use crate::dumpable::Dumpable;
 use crate::error::ForkError;
 use crate::exec_child::{self, Failure, Shared, Stage};
 use crate::exec_plan::Plan;
 use crate::fork::Fork;
 use crate::options::ForkOptions;
+use crate::reap::child::Child;
 use crate::region::no_forking;
 use crate::runtime::{Start, count};
 use crate::signals::Signals;

@@ -2,12 +2,12 @@
 
 #![allow(unsafe_code)]
 
-use crate::child::Child;
 use crate::error::ForkError;
 use crate::gate::{FIRST_BOUND, LAST_BOUND, Slot};
 use crate::in_child::InChild;
 use crate::options::{ForkOptions, Ready};
 use crate::prepare::Outcome;
+use crate::reap::child::Child;
 use crate::reap::{known, orphans};
 use crate::runtime::{self, Passed, Request, count};
 use crate::{care_table, clock, replace, stdio, sys};

@@ -63,7 +63,6 @@ mod options;
 mod replace;
 // parent
 mod reap;
-mod child;
 // child
 mod cleanup;
 mod in_child;
@@ -99,7 +98,6 @@ pub mod report;
 
 pub use audit::{Audit, audit, audit_of};
 pub use carefd::{AdoptError, CareFd, OnFork};
-pub use child::Child;
 pub use cleanup::{Cleanup, postfork_child_noexec};
 pub use command::Command;
 pub use command_error::{CommandError, Step};
@@ -114,6 +112,7 @@ pub use locks::*;
 pub use named::{BadName, NamedFds, PutError, send_named_fds};
 pub use options::ForkOptions;
 pub use pass::{MAX_FDS, Received, recv_fds, send_fds};
+pub use reap::child::Child;
 pub use reap::exit::{Ending, Exit, Usage};
 pub use reap::future::ExitFuture;
 pub use reap::owner::{Claim, SigchldOwner, UnknownChild};

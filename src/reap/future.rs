@@ -2,8 +2,8 @@
 
 use super::exit::Exit;
 use super::reaper::{Reaper, WatchError};
-use crate::child::Child;
 use crate::locks::Mutex;
+use crate::reap::child::Child;
 use std::future::Future;
 use std::io;
 use std::pin::Pin;
@@ -48,7 +48,7 @@ impl Drop for Tell {
 
 impl Reaper {
     /// Watches `child`; the future is ready when it has ended and this reaper was dispatched: by the event loop, by the thread of
-    /// [`Reaper::receiver`], or under tokio by [`Reaper::run`].
+    /// [`Reaper::receiver`], or under tokio by `Reaper::run`.
     ///
     /// # Errors
     /// As for [`Reaper::watch`].

@@ -42,6 +42,7 @@ pub(crate) mod known;
 pub(crate) mod body;
 pub(crate) mod engine;
 pub(crate) mod orphans;
+pub(crate) mod child;
 pub(crate) mod sigchld;
 pub(crate) mod timer;
 pub(crate) mod channel;

@@ -4,7 +4,7 @@ use super::exit::Exit;
 use super::reaper::Reaper;
 use super::timer::ASK_EVERY;
 use crate::carefd::CareFd;
-use crate::child::Child;
+use crate::reap::child::Child;
 use crate::{runtime, sys_reap};
 use std::io;
 use std::mem::ManuallyDrop;
