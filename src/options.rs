@@ -111,7 +111,7 @@ impl<'fd> ForkOptions<'fd> {
         self
     }
 
-    /// The child's name as ps(1) shows it, at most 15 bytes.
+    /// The child's name as ps(1) shows it, at most 15 bytes; and as the parent is told of its end ([`Exit`](crate::Exit)).
     pub fn name(mut self, name: &str) -> Self {
         self.name = Some(name.to_owned());
         self

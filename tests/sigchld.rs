@@ -4,22 +4,21 @@
 
 mod common;
 mod kit;
+mod watching;
 
 use carefork::{Claim, Exit, ForkOptions, Reaper, Sigchld, SigchldOwner};
 use common::{Refuse, Setup, isolated, isolated_with, raw};
 use crossbeam_channel::{Receiver, unbounded};
 use kit::{SOON, assert_no_child, disposition, foreign, forked};
-use std::os::fd::AsRawFd as _;
+use std::os::fd::{AsRawFd as _, FromRawFd as _, OwnedFd};
+use std::os::unix::net::UnixDatagram;
 use std::os::unix::process::ExitStatusExt as _;
 use std::process::ExitStatus;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicI32, AtomicU32, Ordering::SeqCst};
 use std::thread;
 use std::time::{Duration, Instant};
-
-fn ends_with(code: i32) -> carefork::Child {
-    forked(&ForkOptions::new(), |_| code)
-}
+use watching::{ends_with, only, run_until};
 
 /// A child that ends with `code` once told.
 fn on_word(code: i32) -> (carefork::Child, impl Fn()) {
@@ -33,30 +32,10 @@ fn on_word(code: i32) -> (carefork::Child, impl Fn()) {
     (child, move || word.store(1, SeqCst))
 }
 
-#[track_caller]
-fn run_until(reaper: &Reaper, mut done: impl FnMut() -> bool) {
-    let end = Instant::now() + raw::patience(SOON);
-    while !done() {
-        assert!(Instant::now() < end, "nothing came");
-        raw::poll_readable(&mut [raw::pollfd(reaper.as_raw_fd())], end.saturating_duration_since(Instant::now()));
-        reaper.dispatch().expect("dispatch");
-    }
-}
-
+/// The endings of `child`.
 #[track_caller]
 fn watch(reaper: &Reaper, child: carefork::Child) -> Receiver<Exit> {
-    let (send, receive) = unbounded();
-    reaper.watch(child, move |exit| send.send(exit).expect("the test waits")).expect("watched");
-    receive
-}
-
-#[track_caller]
-fn only(reaper: &Reaper, exits: &Receiver<Exit>) -> Exit {
-    run_until(reaper, || !exits.is_empty());
-    let exit = exits.try_recv().expect("one");
-    reaper.dispatch().expect("dispatch");
-    assert!(exits.is_empty(), "called twice");
-    exit
+    watching::watch(reaper, child).1
 }
 
 /// Unknown children that the reaper's callback was asked about, all claimed.
@@ -440,32 +419,34 @@ fn the_handler_survives_its_descriptors() {
         reaper.set_owner(SigchldOwner::Always).expect("owned");
         let pair: Vec<i32> = common::self_fds().as_slice().iter().copied().filter(|fd| !before.contains(fd)).collect();
         assert_eq!(pair.len(), 2, "{pair:?}");
-        for reused in [false, true] {
+        for by in ["nobody", "a file", "a socket"] {
             let pair: Vec<i32> =
                 common::self_fds().as_slice().iter().copied().filter(|fd| !before.contains(fd)).collect();
-            let file = raw::memfd();
+            let (file, (here, there)) = (raw::memfd(), UnixDatagram::pair().expect("a pair"));
             for &fd in &pair {
-                if reused {
-                    kit::redirect(file.as_raw_fd(), fd);
-                } else {
+                match by {
+                    "a file" => kit::redirect(file.as_raw_fd(), fd),
+                    "a socket" => kit::redirect(here.as_raw_fd(), fd),
                     // SAFETY: what the test is about.
-                    unsafe { libc::close(fd) };
+                    _ => drop(unsafe { OwnedFd::from_raw_fd(fd) }),
                 }
             }
             // The signal comes, and nothing is written anywhere.
+            raw_raise();
             let exits = watch(&reaper, ends_with(3));
             assert_eq!(only(&reaper, &exits).code(), Some(3));
             assert_eq!(kit::contents(&file), "");
-            if reused {
+            there.set_nonblocking(true).expect("set");
+            assert!(there.recv(&mut [0]).is_err_and(|e| e.kind() == std::io::ErrorKind::WouldBlock), "poked");
+            if by != "nobody" {
                 for &fd in &pair {
-                    // The strangers are open still.
                     // SAFETY: only asks.
                     assert!(unsafe { libc::fcntl(fd, libc::F_GETFD) } >= 0, "{fd} was closed");
                     // SAFETY: the test's own.
-                    unsafe { libc::close(fd) };
+                    drop(unsafe { OwnedFd::from_raw_fd(fd) });
                 }
             }
-            drop(file);
+            drop((file, here, there));
             // A new pair: strangers are heard of again.
             let pid = foreign(|| 7);
             assert_eq!(only(&reaper, &unknown).pid.cast_signed(), pid);
