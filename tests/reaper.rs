@@ -76,6 +76,17 @@ fn pidfds_that_cannot_be_waited_by() {
     isolated_with("pidfds_that_cannot_be_waited_by", 30, Setup { refuse, ..Setup::default() }, watches);
 }
 
+/// A filter that knows wait4 only.
+#[test]
+fn waitid_refused() {
+    let refuse = vec![Refuse::call(libc::SYS_waitid, libc::EPERM)];
+    isolated_with("waitid_refused", 30, Setup { refuse, ..Setup::default() }, || {
+        watches();
+        let status = sleeper().terminate(Duration::from_secs(3600)).expect("a status");
+        assert_eq!(std::os::unix::process::ExitStatusExt::signal(&status), Some(libc::SIGTERM));
+    });
+}
+
 /// With SIGCHLD ignored the kernel throws statuses away.
 #[test]
 fn sigchld_ignored() {

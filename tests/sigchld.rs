@@ -235,6 +235,40 @@ fn the_main_loop_owns_it() {
     });
 }
 
+/// The arrangement may change in the middle of a dispatch, by a callback.
+#[test]
+fn callbacks_change_the_owner() {
+    isolated("callbacks_change_the_owner", 60, || {
+        let all = [SigchldOwner::Nobody, SigchldOwner::MainLoop, OWNERS[0], OWNERS[1], OWNERS[2]];
+        let free = disposition(libc::SIGCHLD);
+        for from in all {
+            for to in all {
+                let reaper = Reaper::new().expect("a reaper");
+                reaper.set_owner(from).expect("owned");
+                let (inner, (send, told)) = (reaper.clone(), unbounded());
+                let first = ends_with(3);
+                wait_for_zombie(first.id().cast_signed());
+                let change = move |exit: Exit| {
+                    inner.set_owner(to).expect("owned");
+                    send.send(exit.code()).expect("the test waits");
+                };
+                reaper.watch(first, change).expect("watched");
+                let second = watch(&reaper, ends_with(4));
+                while told.is_empty() || second.is_empty() {
+                    // A main loop that has the reaper look, whoever owns the signal now.
+                    reaper.sigchld_occurred().expect("a look");
+                    reaper.dispatch().expect("dispatch");
+                }
+                assert_eq!(told.try_recv().expect("one"), Some(3), "{from:?} {to:?}");
+                assert_eq!(second.try_recv().expect("one").code(), Some(4), "{from:?} {to:?}");
+                drop(reaper);
+                assert_eq!(disposition(libc::SIGCHLD), free, "{from:?} {to:?}");
+            }
+        }
+        assert_no_child();
+    });
+}
+
 #[test]
 fn unknown_children_are_claimed_refused_or_a_disaster() {
     isolated("unknown_children_are_claimed_refused_or_a_disaster", 60, || {

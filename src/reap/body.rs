@@ -158,19 +158,26 @@ impl Body {
         sys_reap::wait(Which::Pid(self.pid), how)
     }
 
-    /// It has ended, and its number is still its own. Not where waitid is refused.
-    fn is_zombie(&self) -> bool {
-        let which = self.pidfd().map_or(Which::Pid(self.pid), Which::Pidfd);
-        matches!(sys_reap::wait(which, How::Peek), Ok(Some(_)))
+    /// Without reaping.
+    fn peek(&self) -> io::Result<Option<sys_reap::Ended>> {
+        match self.pidfd().map(|fd| sys_reap::wait(Which::Pidfd(fd), How::Peek)) {
+            // As in `look`.
+            Some(Err(e)) if matches!(e.raw_os_error(), Some(libc::EINVAL | libc::ENOSYS | libc::EPERM)) => {
+                self.look_by_pid(How::Peek)
+            }
+            Some(peeked) => peeked,
+            None => self.look_by_pid(How::Peek),
+        }
     }
 
-    /// It lives, or nobody has reaped it: the number is its own.
+    /// It has ended, and its number is still its own. Never where waitid is refused.
+    fn is_zombie(&self) -> bool {
+        matches!(self.peek(), Ok(Some(_)))
+    }
+
+    /// It lives, or nobody has reaped it: the number is its own. Where waitid is refused, as far as this process knows.
     fn is_unreaped(&self) -> bool {
-        match self.pidfd().map(|fd| sys_reap::wait(Which::Pidfd(fd), How::Peek)) {
-            Some(Ok(_)) => true,
-            Some(Err(e)) if e.raw_os_error() == Some(libc::ECHILD) => false,
-            _ => self.is_not_another() && sys::is_unreaped(self.pid),
-        }
+        !self.peek().is_err_and(|e| e.raw_os_error() == Some(libc::ECHILD))
     }
 
     /// To the child; one that has ended is left alone.

@@ -180,22 +180,26 @@ impl Child {
     /// # Ok::<(), Box<dyn std::error::Error>>(())
     /// ```
     pub fn terminate(&mut self, grace: Duration) -> io::Result<ExitStatus> {
-        if let Some(status) = self.look_unless_leader()? {
-            return Ok(status);
+        self.body.check_parent()?;
+        if self.exit.is_some() {
+            return self.wait();
         }
         self.body.ask_to_end()?;
-        let deadline = after(grace);
-        let mut pause = FIRST_PAUSE;
-        while !self.body.has_died() {
-            let left = deadline.saturating_sub(clock::now());
-            if left == 0 {
-                break;
+        if self.body.leads {
+            // A leader that has ended keeps its number, for its group's sake, until the group was killed.
+            let deadline = after(grace);
+            let mut pause = FIRST_PAUSE;
+            while !self.body.has_died() {
+                let left = deadline.saturating_sub(clock::now());
+                if left == 0 {
+                    break;
+                }
+                self.body.doze(left, &mut pause)?;
             }
-            self.body.doze(left, &mut pause)?;
+        } else if let Some(status) = self.wait_timeout(grace)? {
+            return Ok(status);
         }
-        if self.body.leads || !self.body.has_died() {
-            self.body.signal_all(libc::SIGKILL)?;
-        }
+        self.body.signal_all(libc::SIGKILL)?;
         // By the real clock: the kernel's work, not the child's.
         let end = sys::monotonic().saturating_add(AFTER_KILL);
         let mut pause = FIRST_PAUSE;
@@ -210,15 +214,6 @@ impl Child {
                 return Err(io::Error::new(io::ErrorKind::TimedOut, text));
             }
             self.body.doze(left, &mut pause)?;
-        }
-    }
-
-    /// A leader that has ended keeps its number for its group's sake until the group was signalled.
-    fn look_unless_leader(&mut self) -> io::Result<Option<ExitStatus>> {
-        if self.body.leads && self.exit.is_none() {
-            self.body.check_parent().map(|()| None)
-        } else {
-            self.look(How::Now)
         }
     }
 
