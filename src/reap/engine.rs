@@ -195,7 +195,8 @@ impl<T> Engine<T> {
             let ready = sys_reap::epoll_ready(epoll, &mut buffer)?;
             for event in ready {
                 let Event { u64: key, .. } = *event;
-                let Some((exit, then)) = self.finish(key)? else { continue };
+                // The pidfd is closed after the callback, which has waited for its end.
+                let Some((exit, Entry { body: _closed_later, then, .. })) = self.finish(key)? else { continue };
                 reaped += 1;
                 if !each(exit, then) {
                     return Ok(reaped);
@@ -208,7 +209,7 @@ impl<T> Engine<T> {
         if self.is_asking() {
             let keys = self.table.lock().ask.clone();
             for key in keys {
-                let Some((exit, then)) = self.finish(key)? else { continue };
+                let Some((exit, Entry { then, .. })) = self.finish(key)? else { continue };
                 reaped += 1;
                 if !each(exit, then) {
                     return Ok(reaped);
@@ -219,7 +220,7 @@ impl<T> Engine<T> {
     }
 
     /// Takes the entry out if its child has ended; the caller is the only one to get it.
-    pub(crate) fn finish(&self, key: Key) -> io::Result<Option<(Exit, T)>> {
+    pub(crate) fn finish(&self, key: Key) -> io::Result<Option<(Exit, Entry<T>)>> {
         let mut table = self.table.lock();
         let Some(entry) = table.at(key) else { return Ok(None) };
         let record = match entry.record.take() {
@@ -236,7 +237,7 @@ impl<T> Engine<T> {
         };
         let taken = self.take_out(&mut table, key);
         drop(table);
-        Ok(taken.map(|Entry { mut body, then, .. }| (body.exit(record), then)))
+        Ok(taken.map(|mut entry| (entry.body.exit(record), entry)))
     }
 
     /// The same for a child whose status somebody else brings.
