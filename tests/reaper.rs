@@ -33,8 +33,13 @@ fn watches() {
     // Gone: nobody is hit, and it is no error.
     watched.kill().expect("left alone");
 
-    // Killed, with a name and without.
+    // Killed; not by a handle of who was in its place before.
+    let gone = watched;
     let (watched, exits) = watch(&reaper, sleeper());
+    gone.kill().expect("left alone");
+    gone.kill_deregister().expect("left alone");
+    assert!(!gone.is_watched());
+    thread::sleep(Duration::from_millis(10));
     reaper.dispatch().expect("dispatch");
     assert!(exits.is_empty() && watched.is_watched() && reaper.len() == 1);
     watched.kill().expect("ours");

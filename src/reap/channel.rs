@@ -97,7 +97,7 @@ fn start(shared: Arc<Shared>) -> io::Result<()> {
 fn run(shared: &Arc<Shared>) {
     while !shared.is_closed() {
         // A signal or an error ends the sleep as well: whatever it was, a dispatch looks.
-        drop(sys::poll_in(shared.outer(), -1));
+        drop(sys::poll_in(shared.descriptor(), -1));
         // A callback that panics has said so; the others are to be called still.
         if let Ok(Err(e)) = catch_unwind(AssertUnwindSafe(|| shared.dispatch())) {
             sys::say(format!("carefork: a reaper's thread cannot dispatch: {e}\n").as_bytes());

@@ -7,16 +7,17 @@ use super::body::Body;
 use super::exit::{Exit, Record};
 use super::known::{self, Holder};
 use crate::carefd::CareFd;
-use crate::locks::Mutex;
+use crate::locks::{Mutex, OnceLock};
 use crate::sys_reap::{self, Event, How, NO_EVENT};
 use std::io;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
-use std::sync::atomic::{AtomicUsize, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 
 /// How many deaths one look at the epoll tells of.
 const BATCH: usize = 256;
 
-/// Names an entry: slot in the low half, how often the slot was used before in the high one.
+/// Names an entry: slot in the low half, how often the slot was used before in the high one. What else an epoll watches has a key
+/// of a slot that no table is long enough for.
 pub(crate) type Key = u64;
 
 /// A child and what to do at its end.
@@ -41,6 +42,9 @@ struct Table<T> {
 
 pub(crate) struct Engine<T> {
     epoll: CareFd<OwnedFd>,
+    /// Where the pidfds are while nobody is to see them.
+    aside: OnceLock<CareFd<OwnedFd>>,
+    hidden: AtomicBool,
     /// Which reaper; 0 for the orphans.
     reaper: u32,
     table: Mutex<Table<T>>,
@@ -93,6 +97,8 @@ impl<T> Engine<T> {
     pub(crate) fn new(reaper: u32) -> io::Result<Self> {
         Ok(Engine {
             epoll: CareFd::open_cloexec(sys_reap::epoll)?,
+            aside: OnceLock::new(),
+            hidden: AtomicBool::new(false),
             reaper,
             table: Mutex::new(Table { slots: Vec::new(), free: Vec::new(), ask: Vec::new() }),
             live: AtomicUsize::new(0),
@@ -105,8 +111,51 @@ impl<T> Engine<T> {
         crate::runtime::generation() == self.generation
     }
 
-    pub(crate) fn epoll(&self) -> Option<BorrowedFd<'_>> {
-        self.epoll.get().map(AsFd::as_fd)
+    /// What becomes readable.
+    ///
+    /// # Panics
+    /// In a child that closed it.
+    #[track_caller]
+    pub(crate) fn epoll(&self) -> BorrowedFd<'_> {
+        self.epoll.as_fd()
+    }
+
+    /// Where the pidfds are.
+    fn watching(&self) -> Option<BorrowedFd<'_>> {
+        let epoll = if self.hidden.load(Ordering::Acquire) { self.aside.get()? } else { &self.epoll };
+        epoll.get().map(AsFd::as_fd)
+    }
+
+    /// Has deaths make the descriptor readable no more, or again; a dispatch finds them either way.
+    ///
+    /// # Errors
+    /// As epoll_create1(2).
+    pub(crate) fn hide(&self, yes: bool) -> io::Result<()> {
+        let mut table = self.table.lock();
+        if self.hidden.load(Ordering::Acquire) == yes {
+            return Ok(());
+        }
+        if yes && self.aside.get().is_none() {
+            let aside = CareFd::open_cloexec(sys_reap::epoll)?;
+            // Set under the table's lock, by nobody else.
+            drop(self.aside.set(aside));
+        }
+        let from = self.watching();
+        self.hidden.store(yes, Ordering::Release);
+        let (Some(from), Some(to)) = (from, self.watching()) else { return Ok(()) };
+        let Table { slots, ask, .. } = &mut *table;
+        for (index, slot) in slots.iter().enumerate() {
+            let key = u64::from(slot.used) << 32 | index as u64;
+            let Some(fd) = slot.entry.as_ref().and_then(|e| e.body.pidfd()).filter(|_| !ask.contains(&key)) else {
+                continue;
+            };
+            sys_reap::epoll_del(from, fd);
+            if sys_reap::epoll_add(to, fd, key).is_err() {
+                ask.push(key);
+                self.asking.fetch_add(1, Ordering::Relaxed);
+            }
+        }
+        Ok(())
     }
 
     pub(crate) fn live(&self) -> usize {
@@ -130,7 +179,7 @@ impl<T> Engine<T> {
         let key = table.vacant();
         let asks = record.is_some() || !body.has_pidfd();
         if !asks
-            && let (Some(epoll), Some(fd)) = (self.epoll(), body.pidfd())
+            && let (Some(epoll), Some(fd)) = (self.watching(), body.pidfd())
             && let Err(e) = sys_reap::epoll_add(epoll, fd, key)
         {
             table.free.push(split(key).0 as u32);
@@ -190,7 +239,7 @@ impl<T> Engine<T> {
         let mut reaped = 0;
         let mut buffer = [NO_EVENT; BATCH];
         loop {
-            let Some(epoll) = self.epoll() else { return Ok(reaped) };
+            let Some(epoll) = self.watching() else { return Ok(reaped) };
             let before = reaped;
             let ready = sys_reap::epoll_ready(epoll, &mut buffer)?;
             for event in ready {
@@ -256,7 +305,7 @@ impl<T> Engine<T> {
             return;
         }
         if let Some(fd) = table.at(key).and_then(|e| e.body.pidfd())
-            && let Some(epoll) = self.epoll()
+            && let Some(epoll) = self.watching()
         {
             sys_reap::epoll_del(epoll, fd);
         }
@@ -272,7 +321,7 @@ impl<T> Engine<T> {
         {
             table.ask.swap_remove(at);
             self.asking.fetch_sub(1, Ordering::Relaxed);
-        } else if let (Some(epoll), Some(fd)) = (self.epoll(), entry.body.pidfd()) {
+        } else if let (Some(epoll), Some(fd)) = (self.watching(), entry.body.pidfd()) {
             sys_reap::epoll_del(epoll, fd);
         }
         Some(entry)

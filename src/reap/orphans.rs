@@ -26,7 +26,7 @@ fn engine() -> Option<&'static Engine<()>> {
 
 /// For reapers to watch.
 pub(crate) fn descriptor() -> Option<BorrowedFd<'static>> {
-    engine().and_then(Engine::epoll)
+    engine().map(Engine::epoll)
 }
 
 /// Reaps the child now or later.

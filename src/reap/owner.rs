@@ -5,7 +5,7 @@
 
 use super::exit::{Ending, Exit, Record};
 use super::known::{self, HandedIn, Holder, children};
-use super::reaper::{self, ENGINE, Reaper, SIGCHLD, Shared};
+use super::reaper::{self, Reaper, SIGCHLD, Shared};
 use super::sigchld::{self, Checked, Sigchld};
 use crate::{sys, sys_reap};
 use std::error::Error;
@@ -106,7 +106,7 @@ impl Reaper {
     /// stranger to a reaper that reaps every child.
     ///
     /// # Errors
-    /// As socketpair(2); ECHILD in a child of this process; `BrokenPipe` if the reaper is closed.
+    /// As socketpair(2) and epoll_create1(2); ECHILD in a child of this process; `BrokenPipe` if the reaper is closed.
     pub fn set_owner(&self, mode: SigchldOwner) -> io::Result<()> {
         let shared = self.shared();
         if !shared.is_ours() {
@@ -120,14 +120,8 @@ impl Reaper {
         if shared.is_closed() {
             return Err(io::Error::new(io::ErrorKind::BrokenPipe, "the reaper is closed; make a new one"));
         }
-        let before = std::mem::replace(&mut owner.mode, mode);
-        if let Some(engine) = shared.engine.epoll() {
-            match (before == SigchldOwner::MainLoop, mode == SigchldOwner::MainLoop) {
-                (false, true) => shared.hear_no_more(engine),
-                (true, false) => shared.hear(engine, ENGINE)?,
-                _ => {}
-            }
-        }
+        shared.engine.hide(mode == SigchldOwner::MainLoop)?;
+        owner.mode = mode;
         adjust(shared, &mut owner)
     }
 

@@ -7,14 +7,13 @@ use super::per_process::PerProcess;
 use super::timer::Timer;
 use super::watched::Watched;
 use super::{channel, orphans};
-use crate::carefd::CareFd;
 use crate::locks::Mutex;
 use crate::reap::child::Child;
 use crate::sys_reap;
 use std::fmt;
 use std::io;
 use std::mem::ManuallyDrop;
-use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd, RawFd};
+use std::os::fd::{AsFd, AsRawFd, BorrowedFd, RawFd};
 use std::sync::atomic::{AtomicBool, AtomicU32, Ordering};
 use std::sync::{Arc, Weak};
 
@@ -82,8 +81,6 @@ impl Drop for Handle {
 
 pub(crate) struct Shared {
     pub(crate) engine: Engine<Then>,
-    /// What users see: engine, orphans, timer and the word of the SIGCHLD handler behind one descriptor.
-    outer: CareFd<OwnedFd>,
     pub(crate) timer: Timer,
     closed: AtomicBool,
     pub(crate) channel: channel::Channel,
@@ -104,23 +101,21 @@ pub(crate) fn all() -> Vec<Arc<Shared>> {
     ALL.get().reapers.lock().iter().filter_map(Weak::upgrade).collect()
 }
 
-/// Keys of the outer epoll. Nobody reads them, but a trace does.
-pub(crate) const ENGINE: u64 = 0;
-const ORPHANS: u64 = 1;
-pub(crate) const TIMER: u64 = 2;
-pub(crate) const SIGCHLD: u64 = 3;
+/// Keys of what else a reaper's epoll watches: no slot's. A dispatch looks after all of it anyway.
+const ORPHANS: u64 = u64::MAX;
+pub(crate) const TIMER: u64 = u64::MAX - 1;
+pub(crate) const SIGCHLD: u64 = u64::MAX - 2;
 
 impl Reaper {
     /// A reaper with nobody to watch.
     ///
     /// # Errors
-    /// As epoll_create1(2): no room for two or three descriptors.
+    /// As epoll_create1(2): no room for one or two descriptors.
     pub fn new() -> io::Result<Reaper> {
         let all = ALL.get();
         let id = all.next.fetch_add(1, Ordering::Relaxed);
         let shared = Shared {
             engine: Engine::new(id)?,
-            outer: CareFd::open_cloexec(sys_reap::epoll)?,
             timer: Timer::new(),
             closed: AtomicBool::new(false),
             channel: channel::Channel::new(),
@@ -128,9 +123,6 @@ impl Reaper {
             unknown: Mutex::new(None),
             id,
         };
-        if let Some(fd) = shared.engine.epoll() {
-            shared.hear(fd, ENGINE)?;
-        }
         if let Some(fd) = orphans::descriptor() {
             shared.hear(fd, ORPHANS)?;
         }
@@ -201,17 +193,19 @@ impl Shared {
         self.closed.load(Ordering::Acquire)
     }
 
-    pub(crate) fn outer(&self) -> BorrowedFd<'_> {
-        self.outer.as_fd()
+    /// What users see: pidfds, orphans, timer and the SIGCHLD handler's socket behind one descriptor.
+    #[track_caller]
+    pub(crate) fn descriptor(&self) -> BorrowedFd<'_> {
+        self.engine.epoll()
     }
 
     /// From now on `fd` makes the reaper's descriptor readable.
     pub(crate) fn hear(&self, fd: BorrowedFd<'_>, key: u64) -> io::Result<()> {
-        sys_reap::epoll_add(self.outer(), fd, key)
+        sys_reap::epoll_add(self.descriptor(), fd, key)
     }
 
     pub(crate) fn hear_no_more(&self, fd: BorrowedFd<'_>) {
-        sys_reap::epoll_del(self.outer(), fd);
+        sys_reap::epoll_del(self.descriptor(), fd);
     }
 
     fn add(self: &Arc<Self>, child: Child, then: Then) -> Result<Watched, WatchError> {
@@ -314,7 +308,7 @@ impl AsFd for Reaper {
     /// In a child that closed it.
     #[track_caller]
     fn as_fd(&self) -> BorrowedFd<'_> {
-        self.shared().outer()
+        self.shared().descriptor()
     }
 }
 
