@@ -10,12 +10,19 @@ use carefork::{Child, Exit, ForkOptions, Reaper};
 use common::{Refuse, Setup, isolated, isolated_with, raw};
 use crossbeam_channel::unbounded;
 use kit::{SOON, assert_no_child, forked};
+use nix::sys::wait::{WaitPidFlag, WaitStatus, waitpid};
 use std::os::fd::AsRawFd as _;
 use std::sync::atomic::{AtomicU32, Ordering::SeqCst};
 use std::sync::{Arc, Mutex};
 use std::thread;
 use std::time::{Duration, Instant};
 use watching::{ends_with, is_readable, kill, no_zombie_left, only, run_until, sleeper, watch, without_pidfds};
+
+/// Whether the child stops, instead of ending.
+fn stops(pid: u32) -> bool {
+    let child = nix::unistd::Pid::from_raw(pid.cast_signed());
+    matches!(waitpid(child, Some(WaitPidFlag::WUNTRACED)), Ok(WaitStatus::Stopped(..)))
+}
 
 /// What every reaper offers, with and without pidfds.
 fn watches() {
@@ -39,7 +46,8 @@ fn watches() {
     gone.kill().expect("left alone");
     gone.kill_deregister().expect("left alone");
     assert!(!gone.is_watched());
-    thread::sleep(Duration::from_millis(10));
+    watched.signal(libc::SIGSTOP).expect("ours");
+    assert!(stops(watched.id()), "a handle of another child's has killed it");
     reaper.dispatch().expect("dispatch");
     assert!(exits.is_empty() && watched.is_watched() && reaper.len() == 1);
     watched.kill().expect("ours");

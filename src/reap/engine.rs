@@ -13,8 +13,8 @@ use std::io;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 
-/// How many deaths one look at the epoll tells of.
-const BATCH: usize = 256;
+/// How many deaths one look at the epoll tells of. On the stack, of which a fork makes each page cost a fault.
+const BATCH: usize = 64;
 
 /// Names an entry: slot in the low half, how often the slot was used before in the high one. What else an epoll watches has a key
 /// of a slot that no table is long enough for.
