@@ -272,6 +272,11 @@ fn by_channel() {
             reaper.watch(ends_with(0), |_| panic!("as a test")).expect("watched");
             reaper.send(ends_with(0)).expect("watched");
             assert!(exits.recv_timeout(SOON).expect("an exit").success());
+            let end = Instant::now() + raw::patience(SOON);
+            while !reaper.is_empty() {
+                assert!(Instant::now() < end, "the one that panics was not reaped");
+                thread::yield_now();
+            }
             // A fork beside it: the child's own works, and the parent's does no harm.
             let mut child = forked(&ForkOptions::new(), |token| {
                 drop(token);
