@@ -122,6 +122,8 @@ pub(crate) struct Waited {
 thread_local! {
     static SEAT: Cell<*const Slot> = const { Cell::new(std::ptr::null()) };
     static ROUNDS: Cell<u32> = const { Cell::new(0) };
+    /// This thread sets a child right: hooks that it calls for that may use regions.
+    static MENDS: Cell<bool> = const { Cell::new(false) };
     /// What the prepare handler leaves for the parent or child handler on the same thread.
     static PASSAGE: UnsafeCell<Passage> = const { UnsafeCell::new(Passage::NONE) };
 }
@@ -488,11 +490,12 @@ pub(crate) fn bypassed() -> bool {
 #[cold]
 fn mend(alive: &AtomicU32) {
     if alive.compare_exchange(0, MENDING, AcqRel, Acquire).is_err() {
-        while alive.load(Acquire) == MENDING {
+        while alive.load(Acquire) == MENDING && !MENDS.get() {
             sys::yield_now();
         }
         return;
     }
+    MENDS.set(true);
     // SAFETY: the passage is this thread's own, and the references made of it end with each function.
     let passage = unsafe { &mut *PASSAGE.with(UnsafeCell::get) };
     if was_told() {
@@ -509,6 +512,7 @@ fn mend(alive: &AtomicU32) {
             s.set_entered(false);
         }
     }
+    MENDS.set(false);
     alive.store(HERE, Release);
 }
 
