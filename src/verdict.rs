@@ -73,13 +73,18 @@ impl Pages {
     /// In the parent: what the child said, or true if it died before it could.
     pub(crate) fn ask(&self, me: &Slot, ticket: u32, is_dead: impl Fn() -> bool) -> bool {
         let Some(w) = self.word(me.id()) else { return true };
+        let said = |word: u32| {
+            let spoken = word >> 2 == ticket & (u32::MAX >> 2) && matches!(word & 3, GOOD | BAD);
+            spoken.then_some(word & 3 == GOOD)
+        };
         loop {
             let seen = w.load(Ordering::Acquire);
-            if seen >> 2 == ticket & (u32::MAX >> 2) && matches!(seen & 3, GOOD | BAD) {
-                return seen & 3 == GOOD;
+            if let Some(good) = said(seen) {
+                return good;
             }
             if is_dead() {
-                return true;
+                // It may have spoken since: a child that is not to be ends at once.
+                return said(w.load(Ordering::Acquire)).unwrap_or(true);
             }
             // What is left of an earlier fork of this thread gives way to the question.
             let asked = ticket << 2 | ASKED;
@@ -97,5 +102,39 @@ impl Pages {
         if !page.is_null() {
             self.old.store(page, Ordering::Relaxed);
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn seat() -> Slot {
+        let seat = Slot::new();
+        seat.id.store(1, Ordering::Relaxed);
+        seat
+    }
+
+    /// It speaks and ends, both between the parent's look at the word and its question whether the child is dead.
+    #[test]
+    fn a_child_that_has_spoken_is_believed_after_its_death() {
+        for good in [true, false] {
+            let (pages, seat) = (Pages::new(), seat());
+            pages.ready().unwrap();
+            let said = pages.ask(&seat, 7, || {
+                pages.say(Some(&seat), 7, good);
+                true
+            });
+            assert_eq!(said, good);
+        }
+    }
+
+    #[test]
+    fn a_child_that_died_first_was_one() {
+        let (pages, seat) = (Pages::new(), seat());
+        pages.ready().unwrap();
+        // What the fork before this one left there.
+        pages.say(Some(&seat), 6, false);
+        assert!(pages.ask(&seat, 7, || true));
     }
 }
