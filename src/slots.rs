@@ -105,6 +105,28 @@ impl SlotTable {
         found
     }
 
+    /// See `Seats::bury`.
+    fn bury_the(&self, is_gone: impl Fn(u32) -> bool) -> bool {
+        let mut holders = false;
+        self.each(|s| {
+            let tid = s.tid.load(Ordering::Relaxed);
+            if tid != VACANT && tid != GHOST && s.depth() != 0 && is_gone(tid) {
+                // Not if it gave the seat back meanwhile: another thread may have it by now.
+                if s.tid.compare_exchange(tid, GHOST, Ordering::AcqRel, Ordering::Relaxed).is_err() {
+                    return true;
+                }
+                let held = s.holds_lock();
+                s.clear();
+                if !held {
+                    s.tid.store(VACANT, Ordering::Release);
+                }
+                holders |= held;
+            }
+            true
+        });
+        holders
+    }
+
     /// In a child, where only the owner of `me` lives on: the others' seats are given back or, where their regions may
     /// have been cut off, become ghosts.
     pub(crate) fn keep_only(&self, me: Option<&Slot>, ghosts: bool) {
@@ -128,18 +150,7 @@ impl SlotTable {
 impl Seats for SlotTable {
     /// A thread that ended by SYS_exit ran no destructor. Its locks stay held for ever, and their owner's seat is a ghost's.
     fn bury(&self) -> bool {
-        let mut holders = false;
-        self.each(|s| {
-            let tid = s.tid.load(Ordering::Relaxed);
-            if tid != VACANT && tid != GHOST && s.depth() != 0 && sys::thread_is_gone(tid) {
-                let to = if s.holds_lock() { GHOST } else { VACANT };
-                holders |= to == GHOST;
-                s.clear();
-                s.tid.store(to, Ordering::Release);
-            }
-            true
-        });
-        holders
+        self.bury_the(sys::thread_is_gone)
     }
 
     fn loosen(&self, begins: bool) {
@@ -158,5 +169,43 @@ impl Seats for SlotTable {
 
     fn seat(&self, id: u32) -> Option<&Slot> {
         if id == 0 || id > self.used.load(Ordering::Relaxed) { None } else { self.at(id - 1) }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::gate::{GUARD, Gate, LOCK};
+
+    #[test]
+    fn who_ended_inside_a_region_is_buried() {
+        for (kind, becomes) in [(GUARD, VACANT), (LOCK, GHOST)] {
+            let gate = Gate::new(SlotTable::new());
+            let seat = gate.seats.claim(1000).unwrap();
+            gate.enter(seat, kind);
+            assert!(!gate.seats.bury_the(|_| false));
+            assert_eq!(seat.depth(), kind);
+            assert_eq!(gate.seats.bury_the(|tid| tid == 1000), kind == LOCK);
+            assert_eq!((seat.depth(), seat.tid.load(Ordering::Relaxed)), (0, becomes));
+        }
+    }
+
+    /// It leaves its region, ends and gives its seat back while it is being looked at; another thread sits there by then.
+    #[test]
+    fn whoever_has_the_seat_of_one_that_is_gone_keeps_it() {
+        let gate = Gate::new(SlotTable::new());
+        let seat = gate.seats.claim(1000).unwrap();
+        gate.enter(seat, GUARD);
+        let found = gate.seats.bury_the(|tid| {
+            gate.leave(seat, GUARD);
+            seat.clear();
+            seat.tid.store(VACANT, Ordering::Release);
+            let next = gate.seats.claim(1001).unwrap();
+            assert!(std::ptr::eq(next, seat));
+            gate.enter(next, LOCK);
+            tid == 1000
+        });
+        assert!(!found);
+        assert_eq!((seat.depth(), seat.tid.load(Ordering::Relaxed)), (LOCK, 1001));
     }
 }
