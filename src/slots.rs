@@ -138,9 +138,8 @@ impl SlotTable {
             if tid == GHOST || tid == VACANT {
                 return true;
             }
-            if !ghosts {
-                s.clear();
-            }
+            // A ghost is in no region and in no queue of forks either.
+            s.clear();
             s.tid.store(if ghosts { GHOST } else { VACANT }, Ordering::Relaxed);
             true
         });
@@ -188,6 +187,22 @@ mod tests {
             assert_eq!(gate.seats.bury_the(|tid| tid == 1000), kind == LOCK);
             assert_eq!((seat.depth(), seat.tid.load(Ordering::Relaxed)), (0, becomes));
         }
+    }
+
+    /// A fork that waited for its turn when another went ahead dirty is no fork in that one's child.
+    #[test]
+    fn a_ghost_does_not_queue() {
+        let gate: &Gate<SlotTable> = Box::leak(Box::new(Gate::new(SlotTable::new())));
+        let (mine, other) = (gate.seats.claim(1000).unwrap(), gate.seats.claim(1001).unwrap());
+        assert!(gate.try_role(mine));
+        let waiting = std::thread::spawn(move || gate.take_role(other, None));
+        while !other.is_forking() {
+            std::thread::yield_now();
+        }
+        gate.seats.keep_only(Some(mine), true);
+        assert!(other.is_ghost() && !other.is_forking());
+        gate.drop_role(mine);
+        assert!(waiting.join().unwrap());
     }
 
     /// It leaves its region, ends and gives its seat back while it is being looked at; another thread sits there by then.
