@@ -183,6 +183,14 @@ impl Passage {
         report: ManuallyDrop::new(Report::new()),
         busy: Busy::NONE,
     };
+
+    /// Before a fork's first try: nobody is in its way yet. Looks first, since most forks meet nobody.
+    fn forget(&mut self) {
+        self.report.forget();
+        if self.busy.count != 0 {
+            self.busy = Busy::NONE;
+        }
+    }
 }
 
 /// What the handlers leave for the coordinated fork on this thread.
@@ -204,7 +212,7 @@ pub(crate) fn passed() -> Passed {
 /// Before a coordinated fork's first try. Async-signal-safe.
 pub(crate) fn forget_report() {
     // SAFETY: as in `on_prepare`.
-    unsafe { &mut *PASSAGE.with(UnsafeCell::get) }.report.forget();
+    unsafe { &mut *PASSAGE.with(UnsafeCell::get) }.forget();
 }
 
 /// Why this thread's coordinated fork was refused.
@@ -697,7 +705,7 @@ fn prepare_foreign(me: &Slot, passage: &mut Passage) {
     if me.in_guard() {
         STATE.count.in_region.fetch_add(1, Relaxed);
     }
-    passage.report.forget();
+    passage.forget();
     let budget = STATE.foreign_budget.load(Relaxed);
     let deadline = (budget != u64::MAX).then(|| clock::now().saturating_add(budget));
     let plan = Plan { coordinated: false, deadline, let_go_at: None, bound: FIRST_BOUND };

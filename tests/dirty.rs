@@ -364,6 +364,49 @@ fn a_fork_that_never_comes_to_its_turn() {
     });
 }
 
+/// A thread that was in the way of an earlier fork is not told of by a later one that met nobody.
+#[test]
+fn a_refusal_names_nobody_whom_an_earlier_one_met() {
+    static HOLD: AtomicBool = AtomicBool::new(true);
+    isolated("a_refusal_names_nobody_whom_an_earlier_one_met", 60, || {
+        static REACHED: AtomicBool = AtomicBool::new(false);
+        let mut stderr = catch_stderr();
+        freeze();
+        let one = inside("long-gone");
+        let clock = run_clock(20 * MS);
+        let Err(ForkError::Busy { culprits }) = coordinated(|| 1) else { panic!("it is in the way") };
+        assert_eq!(culprits.count, 1);
+        ends_well(foreign(|| i32::from(!lineage().dirty)));
+        drop((clock, one));
+        assert!(stderr.text().contains("long-gone"));
+        let _hook = register(Hook::new("slow").prepare(|| {
+            REACHED.store(true, SeqCst);
+            until(|| !HOLD.load(SeqCst));
+        }));
+        let refusals = thread::scope(|s| {
+            let forks = fork_with_time(s);
+            until(|| REACHED.load(SeqCst));
+            let clock = run_clock(20 * MS);
+            // The second one comes after the foreign one, which meets nobody either.
+            let refusals = [(); 2].map(|()| {
+                let refusal = coordinated(|| 1);
+                (refusal, reap(foreign(|| i32::from(!lineage().dirty)), SOON))
+            });
+            drop(clock);
+            HOLD.store(false, SeqCst);
+            drop(forks.join());
+            refusals
+        });
+        for (refusal, child) in refusals {
+            let Err(ForkError::Busy { culprits }) = refusal else { panic!("the other was stuck") };
+            assert!(culprits.queue && culprits.count == 0, "{culprits:?}");
+            assert_eq!(child, Verdict::Exited(0));
+        }
+        let text = stderr.text();
+        assert!(text.matches("another fork did not end").count() == 2 && !text.contains("long-gone"), "{text}");
+    });
+}
+
 fn fork_with_time<'s>(s: &'s thread::Scope<'s, '_>) -> thread::ScopedJoinHandle<'s, ()> {
     s.spawn(|| ends_well(fork_with(&ForkOptions::new().timeout_never(), || 0).expect("no budget")))
 }
