@@ -573,6 +573,15 @@ fn take_over(ghosts: bool) {
     let Waited { turn, regions, hooks, fork } = &STATE.waited;
     [turn, regions, hooks, fork].into_iter().for_each(Clocked::reset);
     STATE.print_wait.clear();
+    grow_up();
+}
+
+/// What a parent registered for itself before its clean-up is its parent's here.
+fn grow_up() {
+    if STATE.young.load(Relaxed) {
+        STATE.young.store(false, Relaxed);
+        care_table::grow_up();
+    }
 }
 
 // -- the handlers
@@ -805,6 +814,7 @@ fn pass_mask(passage: &mut Passage, coordinated: bool) {
 /// Registered first, so it runs first in the child: a child that is not to be ends before anyone else's handler.
 extern "C" fn on_child() {
     if is_off() {
+        grow_up();
         close_at_fork();
         return;
     }
@@ -878,10 +888,6 @@ fn become_child(passage: &mut Passage) {
         care_table::dirty_child();
     } else {
         care_table::no_dirty_forks();
-    }
-    if STATE.young.load(Relaxed) {
-        STATE.young.store(false, Relaxed);
-        care_table::grow_up();
     }
     close_at_fork();
     if late

@@ -222,6 +222,26 @@ fn two_threads_make_the_first_call() {
     });
 }
 
+/// As in any child: what its parent opened before its own clean-up is the parent's.
+#[test]
+fn what_an_unclean_child_opened_is_closed_in_a_bypass_of_its_own() {
+    isolated("what_an_unclean_child_opened_is_closed_in_a_bypass_of_its_own", 60, || {
+        for (way, kind) in WAYS.into_iter().flat_map(|way| BOTH.map(|kind| (way, kind))) {
+            let pid = kind.fork(|| {
+                let own = carefork::CareFd::open(|| std::fs::File::open("/dev/null")).expect("opened");
+                let pid = way.fork(|| {
+                    // SAFETY: nothing that is closed is used.
+                    check(1, unsafe { carefork::postfork_child_noexec() }.is_ok_and(|done| done.closed == 1));
+                    i32::from(own.is_open_here())
+                });
+                check(2, pid.is_none_or(|pid| reap(pid, SOON) == Verdict::Exited(0)));
+                i32::from(!own.is_open_here())
+            });
+            ends_well(pid);
+        }
+    });
+}
+
 static TALLY: AtomicU64 = AtomicU64::new(0);
 
 #[test]
