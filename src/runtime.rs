@@ -31,7 +31,8 @@ struct State {
     /// Points to the word that the kernel zeroes in a child (G10): 1 where this process is the one it was set in. Until
     /// the start it points to a 0 of ours, so that one comparison finds both.
     alive: AtomicPtr<AtomicU32>,
-    /// The process that a child handler has set right, or 0: one that is not marked alive and not this one is a bypass child.
+    /// The process that a child handler has set right, until it is marked alive, or 0: one that is not marked alive and not this
+    /// one is a bypass child.
     told: AtomicU32,
     /// How often this line of processes has forked; copied to children, who add one.
     generation: AtomicU64,
@@ -122,8 +123,6 @@ pub(crate) struct Waited {
 thread_local! {
     static SEAT: Cell<*const Slot> = const { Cell::new(std::ptr::null()) };
     static ROUNDS: Cell<u32> = const { Cell::new(0) };
-    /// This thread sets a child right: hooks that it calls for that may use regions.
-    static MENDS: Cell<bool> = const { Cell::new(false) };
     /// What the prepare handler leaves for the parent or child handler on the same thread.
     static PASSAGE: UnsafeCell<Passage> = const { UnsafeCell::new(Passage::NONE) };
 }
@@ -497,18 +496,23 @@ pub(crate) fn bypassed() -> bool {
 
 #[cold]
 fn mend(alive: &AtomicU32) {
+    if was_told() && alive.compare_exchange(0, HERE, AcqRel, Acquire).is_ok() {
+        // Only the mark was missing.
+        forget_told();
+        return;
+    }
+    // A handler that came here in the middle would wait for the thread that it has interrupted.
+    let mask = sys::block_all();
     if alive.compare_exchange(0, MENDING, AcqRel, Acquire).is_err() {
-        while alive.load(Acquire) == MENDING && !MENDS.get() {
+        sys::set_mask(&mask);
+        while alive.load(Acquire) == MENDING {
             sys::yield_now();
         }
         return;
     }
-    MENDS.set(true);
     // SAFETY: the passage is this thread's own, and the references made of it end with each function.
     let passage = unsafe { &mut *PASSAGE.with(UnsafeCell::get) };
-    if was_told() {
-        // Only the mark is missing.
-    } else if !matches!(passage.stage, Stage::None | Stage::Working | Stage::Mended) {
+    if !matches!(passage.stage, Stage::None | Stage::Working | Stage::Mended) {
         // A real at-fork child in which another library's handler came here before ours.
         become_child(passage);
     } else {
@@ -520,14 +524,21 @@ fn mend(alive: &AtomicU32) {
             s.set_entered(false);
         }
     }
-    MENDS.set(false);
     alive.store(HERE, Release);
+    forget_told();
+    sys::set_mask(&mask);
+}
+
+/// The mark is set: the number has served. A bypass child in a PID namespace of its own may have the same one.
+fn forget_told() {
+    // Release pairs with the Acquire in `was_told`: who finds it forgotten finds the mark.
+    STATE.told.store(0, Release);
 }
 
 /// The child handler has set this process right, and nothing but the mark is missing: setting it costs a page, which most
 /// children never need.
 fn was_told() -> bool {
-    STATE.told.load(Relaxed) == sys::getpid()
+    STATE.told.load(Acquire) == sys::getpid()
 }
 
 /// As `generation() == 0`, without setting the mark of a child that has none yet. Async-signal-safe.

@@ -242,6 +242,63 @@ fn what_an_unclean_child_opened_is_closed_in_a_bypass_of_its_own() {
     });
 }
 
+/// The first process of a PID namespace, and the first one of a namespace inside that.
+#[test]
+fn a_bypass_with_the_same_pid_is_noticed() {
+    isolated("a_bypass_with_the_same_pid_is_noticed", 60, || {
+        ends_well(foreign(|| {
+            // SAFETY: integers only.
+            if unsafe { libc::unshare(libc::CLONE_NEWPID) } != 0
+                // SAFETY: as above.
+                && unsafe { libc::unshare(libc::CLONE_NEWUSER | libc::CLONE_NEWPID) } != 0
+            {
+                eprintln!("skipped: no PID namespaces here");
+                return 0;
+            }
+            let pid = foreign(|| {
+                check(1, std::process::id() == 1 && fork_generation() == 2);
+                let (flags, none) = (libc::SIGCHLD | libc::CLONE_NEWPID, std::ptr::null::<u8>());
+                // SAFETY: as in `Bypass::fork`.
+                let pid = unsafe { libc::syscall(libc::SYS_clone, flags, none, none, none, none) as i32 };
+                if pid == 0 {
+                    check(2, std::process::id() == 1);
+                    raw::exit_now(i32::from(fork_generation() != 3 || !lineage().bypass));
+                }
+                check(3, pid > 0);
+                i32::from(reap(pid, SOON) != Verdict::Exited(0))
+            });
+            i32::from(reap(pid, SOON) != Verdict::Exited(0))
+        }));
+    });
+}
+
+/// A signal comes in the middle of the first call, and its handler makes the second one (G12).
+#[test]
+fn a_handler_interrupts_the_first_call() {
+    extern "C" fn asks(_: i32) {
+        drop(try_no_forking());
+    }
+    fn alarm(us: i64) {
+        let never = libc::timeval { tv_sec: 0, tv_usec: 0 };
+        let timer = libc::itimerval { it_interval: never, it_value: libc::timeval { tv_usec: us, ..never } };
+        // SAFETY: the new value is whole, the old one not asked for.
+        unsafe { libc::setitimer(libc::ITIMER_REAL, &raw const timer, std::ptr::null_mut()) };
+    }
+    isolated("a_handler_interrupts_the_first_call", 120, || {
+        drop(no_forking());
+        drive::on_signal(libc::SIGALRM, asks);
+        for i in 0..1500 {
+            let pid = Bypass::Clone.fork(|| {
+                alarm(1 + i % 30);
+                let generation = fork_generation();
+                alarm(0);
+                i32::from(generation != 1)
+            });
+            pid.into_iter().for_each(ends_well);
+        }
+    });
+}
+
 static TALLY: AtomicU64 = AtomicU64::new(0);
 
 #[test]

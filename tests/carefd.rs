@@ -423,25 +423,30 @@ fn a_child_keeps_what_it_opened_itself() {
 #[test]
 fn switched_off_a_childs_own_are_closed_in_its_children() {
     let env = vec![("CAREFORK".to_owned(), "off".to_owned())];
-    isolated_with("switched_off_a_childs_own_are_closed_in_its_children", 30, Setup { env, ..Setup::default() }, || {
-        let pid = foreign(|| {
-            let at_fork = CareFd::open_on(OnFork::Close, null).expect("opened");
-            let at_clean_up = care();
+    isolated_with(
+        "switched_off_a_childs_own_are_closed_in_its_children",
+        30,
+        Setup { env, ..Setup::default() },
+        || {
             let pid = foreign(|| {
-                check(1, !at_fork.is_open_here() && at_clean_up.is_open_here());
-                // SAFETY: nothing that is closed is used.
-                check(2, unsafe { postfork_child_noexec() }.is_ok_and(|done| done.closed == 1));
-                check(3, !at_clean_up.is_open_here());
+                let at_fork = CareFd::open_on(OnFork::Close, null).expect("opened");
+                let at_clean_up = care();
+                let pid = foreign(|| {
+                    check(1, !at_fork.is_open_here() && at_clean_up.is_open_here());
+                    // SAFETY: nothing that is closed is used.
+                    check(2, unsafe { postfork_child_noexec() }.is_ok_and(|done| done.closed == 1));
+                    check(3, !at_clean_up.is_open_here());
+                    0
+                });
+                check(4, reap(pid, SOON) == Verdict::Exited(0));
+                // SAFETY: as above.
+                check(5, unsafe { postfork_child_noexec() }.is_ok_and(|done| done.closed == 0));
+                check(6, at_fork.is_open_here() && at_clean_up.is_open_here());
                 0
             });
-            check(4, reap(pid, SOON) == Verdict::Exited(0));
-            // SAFETY: as above.
-            check(5, unsafe { postfork_child_noexec() }.is_ok_and(|done| done.closed == 0));
-            check(6, at_fork.is_open_here() && at_clean_up.is_open_here());
-            0
-        });
-        assert_eq!(reap(pid, SOON), Verdict::Exited(0));
-    });
+            assert_eq!(reap(pid, SOON), Verdict::Exited(0));
+        },
+    );
 }
 
 /// As many descriptors as this machine grants, within reason.
