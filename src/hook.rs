@@ -204,6 +204,16 @@ impl Hook {
     }
 }
 
+impl Hook {
+    /// In a child whose fork has not prepared this hook: a foreign lock that another thread's fork had is let go of. That fork is
+    /// not here to do it, and nobody was inside.
+    pub(crate) fn abandon(&self) {
+        if let Prepare::Lock(lock) = &self.prepare {
+            drop(LetGo(&**lock, |lock| lock.release_in_child()));
+        }
+    }
+}
+
 /// With more hooks than this none is timed: reading the clock would cost as much as calling them.
 pub(crate) const TIMED: u32 = 64;
 /// A prepare that took less than this many ns has waited for nothing.

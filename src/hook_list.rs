@@ -290,6 +290,11 @@ impl<T> HookList<T> {
         self.leaving.store(0, Relaxed);
     }
 
+    /// Calls `f` on every hook, linked by this process or the one that it was copied from. In a child that `reset` is for.
+    pub(crate) fn each_linked(&self, mut f: impl FnMut(&T)) {
+        self.each(|n| f(&n.value));
+    }
+
     /// In a child: those who waited are gone. `progress` is the forker's and stays.
     pub(crate) fn forget_waiters(&self) {
         self.leaving.store(0, Relaxed);

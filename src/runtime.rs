@@ -519,7 +519,7 @@ fn mend(alive: &AtomicU32) {
         // Turned off, no child is told, and every one may be a real one.
         if is_off() { &STATE.dirty } else { &STATE.bypassed }.store(true, Relaxed);
         take_over(true);
-        STATE.hooks.reset();
+        abandon_hooks();
         if let Some(s) = seated() {
             s.set_entered(false);
         }
@@ -667,6 +667,12 @@ impl Steps for Handlers<'_> {
         }
         .note(ns);
     }
+}
+
+/// In a child whose fork has not prepared the hooks.
+fn abandon_hooks() {
+    STATE.hooks.reset();
+    STATE.hooks.each_linked(Hook::abandon);
 }
 
 fn finish_hooks(phase: Phase) {
@@ -836,7 +842,7 @@ extern "C" fn on_child() {
         passage.nested = 0;
         passage.stage = Stage::Dirty;
         passage.dirty = true;
-        STATE.hooks.reset();
+        abandon_hooks();
     }
     let errno = passage.errno;
     if passage.stage != Stage::Mended {
@@ -893,7 +899,7 @@ fn become_child(passage: &mut Passage) {
         STATE.hooks.forget_waiters();
         finish_hooks(Phase::Child);
     } else {
-        STATE.hooks.reset();
+        abandon_hooks();
     }
     if passage.marking || late {
         care_table::dirty_child();

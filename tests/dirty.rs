@@ -407,6 +407,44 @@ fn a_refusal_names_nobody_whom_an_earlier_one_met() {
     });
 }
 
+/// A fork that is stuck has a hooked lock in its hands; the dirty child of another thread finds it free, as after a plain fork.
+#[test]
+fn a_dirty_child_finds_no_lock_held_by_another_fork() {
+    static HOLD: AtomicBool = AtomicBool::new(true);
+    isolated("a_dirty_child_finds_no_lock_held_by_another_fork", 60, || {
+        static REACHED: AtomicBool = AtomicBool::new(false);
+        let mutex = std::sync::Arc::new(std::sync::Mutex::new(0));
+        let fast = std::sync::Arc::new(parking_lot::RwLock::new(0));
+        let _hooks = [
+            register(Hook::std_mutex("mutex", std::sync::Arc::clone(&mutex))),
+            register(Hook::lock_api_rwlock("rwlock", std::sync::Arc::clone(&fast))),
+            register(Hook::new("slow").rank(1).prepare(|| {
+                REACHED.store(true, SeqCst);
+                until(|| !HOLD.load(SeqCst));
+            })),
+        ];
+        set_foreign_budget(Some(Duration::ZERO));
+        thread::scope(|s| {
+            let forks = fork_with_time(s);
+            until(|| REACHED.load(SeqCst));
+            ends_well(foreign(|| {
+                check(1, lineage().dirty);
+                check(2, mutex.try_lock().is_ok());
+                check(3, fast.try_write().is_some());
+                // And is taken and let go of by the child's own forks.
+                HOLD.store(false, SeqCst);
+                ends_well(Kind::Coordinated.fork(|| i32::from(mutex.try_lock().is_err() || fast.try_write().is_none())));
+                check(4, mutex.try_lock().is_ok() && fast.try_write().is_some());
+                0
+            }));
+            assert!(mutex.try_lock().is_err() && fast.try_write().is_none());
+            HOLD.store(false, SeqCst);
+            drop(forks.join());
+        });
+        assert!(mutex.try_lock().is_ok() && fast.try_write().is_some());
+    });
+}
+
 fn fork_with_time<'s>(s: &'s thread::Scope<'s, '_>) -> thread::ScopedJoinHandle<'s, ()> {
     s.spawn(|| ends_well(fork_with(&ForkOptions::new().timeout_never(), || 0).expect("no budget")))
 }
