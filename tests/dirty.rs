@@ -433,7 +433,9 @@ fn a_dirty_child_finds_no_lock_held_by_another_fork() {
                 check(3, fast.try_write().is_some());
                 // And is taken and let go of by the child's own forks.
                 HOLD.store(false, SeqCst);
-                ends_well(Kind::Coordinated.fork(|| i32::from(mutex.try_lock().is_err() || fast.try_write().is_none())));
+                ends_well(
+                    Kind::Coordinated.fork(|| i32::from(mutex.try_lock().is_err() || fast.try_write().is_none())),
+                );
                 check(4, mutex.try_lock().is_ok() && fast.try_write().is_some());
                 0
             }));
