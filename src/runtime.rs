@@ -123,6 +123,10 @@ pub(crate) struct Waited {
 thread_local! {
     static SEAT: Cell<*const Slot> = const { Cell::new(std::ptr::null()) };
     static ROUNDS: Cell<u32> = const { Cell::new(0) };
+    /// How far this thread's fork is. Beside the passage, because hooks come back here while a handler is at work on that.
+    static STAGE: Cell<Stage> = const { Cell::new(Stage::None) };
+    /// Forks that a hook or another library's handler made while this one was under way.
+    static NESTED: Cell<u32> = const { Cell::new(0) };
     /// What the prepare handler leaves for the parent or child handler on the same thread.
     static PASSAGE: UnsafeCell<Passage> = const { UnsafeCell::new(Passage::NONE) };
 }
@@ -143,9 +147,6 @@ enum Stage {
 }
 
 struct Passage {
-    stage: Stage,
-    /// Forks that a hook or another library's handler made while this one was under way.
-    nested: u32,
     errno: i32,
     /// Where errno is: a child that asks libc for it touches another page of code.
     errno_at: *mut i32,
@@ -169,8 +170,6 @@ struct Passage {
 
 impl Passage {
     const NONE: Passage = Passage {
-        stage: Stage::None,
-        nested: 0,
         errno: 0,
         errno_at: std::ptr::null_mut(),
         dirty: false,
@@ -510,11 +509,10 @@ fn mend(alive: &AtomicU32) {
         }
         return;
     }
-    // SAFETY: the passage is this thread's own, and the references made of it end with each function.
-    let passage = unsafe { &mut *PASSAGE.with(UnsafeCell::get) };
-    if !matches!(passage.stage, Stage::None | Stage::Working | Stage::Mended) {
+    if !matches!(STAGE.get(), Stage::None | Stage::Working | Stage::Mended) {
         // A real at-fork child in which another library's handler came here before ours.
-        become_child(passage);
+        // SAFETY: as in `on_prepare`; it has returned, and `on_child` has not begun.
+        become_child(unsafe { &mut *PASSAGE.with(UnsafeCell::get) });
     } else {
         // Turned off, no child is told, and every one may be a real one.
         if is_off() { &STATE.dirty } else { &STATE.bypassed }.store(true, Relaxed);
@@ -688,17 +686,18 @@ extern "C" fn on_prepare() {
     if is_off() {
         return;
     }
-    // SAFETY: the passage is this thread's own.
-    let passage = unsafe { &mut *PASSAGE.with(UnsafeCell::get) };
-    if passage.stage != Stage::None {
-        passage.nested += 1;
+    if STAGE.get() != Stage::None {
+        NESTED.set(NESTED.get() + 1);
         return;
     }
+    // SAFETY: the passage is this thread's own, and one handler at a time is at work on it: what comes back here meanwhile, from a
+    // hook, goes by `STAGE` and `NESTED`.
+    let passage = unsafe { &mut *PASSAGE.with(UnsafeCell::get) };
     passage.errno = sys::errno();
     passage.errno_at = sys::errno_place();
-    passage.stage = Stage::Working;
+    STAGE.set(Stage::Working);
     let Some(me) = try_me() else {
-        passage.stage = Stage::Dirty;
+        STAGE.set(Stage::Dirty);
         return;
     };
     // SAFETY: the request lives on the stack of `fork`, which is below this frame on the same thread, and `fork` looks
@@ -720,10 +719,10 @@ fn prepare_coordinated(me: &Slot, request: &mut Request, passage: &mut Passage) 
     let outcome = prepare::prepare(&STATE.gate, me, &mut steps, &plan, &mut passage.busy);
     look_for_print_wait(outcome, &mut passage.report);
     request.outcome = Some(outcome);
-    passage.stage = match outcome {
+    STAGE.set(match outcome {
         Outcome::Committed(shut) => Stage::Committed(shut),
         _ => Stage::Refused,
-    };
+    });
 }
 
 fn prepare_foreign(me: &Slot, passage: &mut Passage) {
@@ -739,11 +738,11 @@ fn prepare_foreign(me: &Slot, passage: &mut Passage) {
         Handlers { mask: &mut passage.mask, coordinated: false, report: &mut passage.report, vetoed: false };
     let outcome = prepare::prepare(&STATE.gate, me, &mut steps, &plan, &mut passage.busy);
     let vetoed = steps.vetoed;
-    passage.stage = match outcome {
+    STAGE.set(match outcome {
         Outcome::Committed(shut) => Stage::Committed(shut),
         _ => Stage::Dirty,
-    };
-    if vetoed || passage.stage == Stage::Dirty {
+    });
+    if vetoed || STAGE.get() == Stage::Dirty {
         passage.dirty = true;
         STATE.count.dirty.fetch_add(1, Relaxed);
         passage.report.busy = passage.busy;
@@ -753,11 +752,11 @@ fn prepare_foreign(me: &Slot, passage: &mut Passage) {
         }
         passage.report.forget();
     }
-    if passage.stage == Stage::Dirty {
+    if STAGE.get() == Stage::Dirty {
         passage.marking = true;
         care_table::dirty_begins();
     }
-    if passage.stage == Stage::Dirty
+    if STAGE.get() == Stage::Dirty
         && let Some(mask) = passage.mask.take()
     {
         sys::set_mask(&mask);
@@ -777,16 +776,16 @@ extern "C" fn on_parent() {
     if is_off() {
         return;
     }
-    // SAFETY: as in `on_prepare`.
-    let passage = unsafe { &mut *PASSAGE.with(UnsafeCell::get) };
-    if passage.nested > 0 {
-        passage.nested -= 1;
+    if NESTED.get() > 0 {
+        NESTED.set(NESTED.get() - 1);
         return;
     }
+    // SAFETY: as in `on_prepare`.
+    let passage = unsafe { &mut *PASSAGE.with(UnsafeCell::get) };
     let errno = sys::errno();
-    let stage = std::mem::replace(&mut passage.stage, Stage::Working);
+    let stage = STAGE.replace(Stage::Working);
     let Some(me) = seated() else {
-        passage.stage = Stage::None;
+        STAGE.set(Stage::None);
         return;
     };
     let mut ours = true;
@@ -809,7 +808,7 @@ extern "C" fn on_parent() {
         STATE.count.late.fetch_add(1, Relaxed);
     }
     pass_mask(passage, coordinated);
-    passage.stage = Stage::None;
+    STAGE.set(Stage::None);
     sys::set_errno(if errno == 0 { passage.errno } else { errno });
 }
 
@@ -835,20 +834,20 @@ extern "C" fn on_child() {
         close_at_fork();
         return;
     }
-    // SAFETY: as in `on_prepare`.
+    // SAFETY: as in `on_prepare`. In the child of a hook's own fork a handler is at work still, and goes on if that hook returns
+    // here: with whatever this leaves.
     let passage = unsafe { &mut *PASSAGE.with(UnsafeCell::get) };
-    if passage.nested > 0 {
+    if NESTED.replace(0) > 0 {
         // Forked by a hook: nothing was agreed with anyone.
-        passage.nested = 0;
-        passage.stage = Stage::Dirty;
+        STAGE.set(Stage::Dirty);
         passage.dirty = true;
         abandon_hooks();
     }
     let errno = passage.errno;
-    if passage.stage != Stage::Mended {
+    if STAGE.get() != Stage::Mended {
         become_child(passage);
     }
-    passage.stage = Stage::None;
+    STAGE.set(Stage::None);
     let coordinated = std::mem::take(&mut passage.coordinated);
     pass_mask(passage, coordinated);
     // SAFETY: `on_prepare` stored this thread's own errno location, and the child's one thread has it at the same address.
@@ -865,7 +864,7 @@ fn become_child(passage: &mut Passage) {
     let mut clean = !passage.dirty;
     let mut hooks = false;
     let mut late = false;
-    match passage.stage {
+    match STAGE.get() {
         Stage::Refused => sys::exit_now(0),
         Stage::Committed(shut) => {
             hooks = true;
@@ -917,7 +916,7 @@ fn become_child(passage: &mut Passage) {
     if let Some(me) = me {
         me.set_entered(false);
     }
-    passage.stage = Stage::Mended;
+    STAGE.set(Stage::Mended);
 }
 
 fn close_at_fork() {
@@ -1030,6 +1029,5 @@ impl Steps for NoHooks {
 
 /// This thread is between the prepare handler and the parent or child handler.
 pub(crate) fn in_fork() -> bool {
-    // SAFETY: as in `on_prepare`; read only, no reference is kept.
-    unsafe { (*PASSAGE.with(UnsafeCell::get)).stage != Stage::None }
+    STAGE.get() != Stage::None
 }

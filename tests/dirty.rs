@@ -415,7 +415,9 @@ fn a_dirty_child_finds_no_lock_held_by_another_fork() {
         static REACHED: AtomicBool = AtomicBool::new(false);
         let mutex = std::sync::Arc::new(std::sync::Mutex::new(0));
         let fast = std::sync::Arc::new(parking_lot::RwLock::new(0));
+        let again = std::sync::Arc::new(parking_lot::ReentrantMutex::new(0));
         let _hooks = [
+            register(Hook::lock_api_reentrant("again", std::sync::Arc::clone(&again))),
             register(Hook::std_mutex("mutex", std::sync::Arc::clone(&mutex))),
             register(Hook::lock_api_rwlock("rwlock", std::sync::Arc::clone(&fast))),
             register(Hook::new("slow").rank(1).prepare(|| {
@@ -430,7 +432,7 @@ fn a_dirty_child_finds_no_lock_held_by_another_fork() {
             ends_well(foreign(|| {
                 check(1, lineage().dirty);
                 check(2, mutex.try_lock().is_ok());
-                check(3, fast.try_write().is_some());
+                check(3, fast.try_write().is_some() && again.try_lock().is_some());
                 // And is taken and let go of by the child's own forks.
                 HOLD.store(false, SeqCst);
                 ends_well(
