@@ -239,9 +239,8 @@ impl ForkOptions<'_> {
         }
         if let Some(signal) = self.death_signal {
             sys::set_death_signal(signal);
-            // 0 is a parent in another pid namespace.
-            let now = sys::getppid();
-            if now != 0 && now != ready.parent {
+            // 0 is a parent outside this child's PID namespace: nothing tells whether it lives.
+            if ![ready.parent, 0].contains(&sys::getppid()) {
                 sys::raise_at_self(signal);
             }
             if let Some(armed) = &ready.armed {

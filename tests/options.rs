@@ -275,6 +275,30 @@ extern "C" fn dawdle() {
 }
 
 /// However soon the thread ends: its end is not missed by a child that has not come to ask for the signal yet.
+/// A child that is the first of its PID namespace sees no parent at all, and has one.
+#[test]
+fn the_death_signal_in_a_pid_namespace_waits_for_the_end() {
+    extern "C" fn dies(_: i32) {
+        raw::exit_now(9);
+    }
+    isolated("the_death_signal_in_a_pid_namespace_waits_for_the_end", 20, || {
+        let mut outer = forked(&ForkOptions::new(), |_| {
+            // SAFETY: integers only.
+            if unsafe { libc::unshare(libc::CLONE_NEWPID) } != 0
+                // SAFETY: as above.
+                && unsafe { libc::unshare(libc::CLONE_NEWUSER | libc::CLONE_NEWPID) } != 0
+            {
+                eprintln!("skipped: no PID namespaces here");
+                return 0;
+            }
+            kit::catch(libc::SIGUSR1, dies);
+            let mut child = forked(&ForkOptions::new().death_signal(libc::SIGUSR1), |_| 0);
+            code(&mut child)
+        });
+        assert_eq!(code(&mut outer), 0);
+    });
+}
+
 #[test]
 fn the_death_signal_comes_when_the_forking_thread_has_ended_already() {
     isolated("the_death_signal_comes_when_the_forking_thread_has_ended_already", 40, || {
