@@ -107,6 +107,22 @@ impl CareTable {
     /// A number that is registered already was closed behind its owner's back: that owner's stamp fits no more.
     #[inline]
     pub(crate) fn register(&self, fd: RawFd, kind: Kind) -> io::Result<u32> {
+        self.register_by(fd, kind, care_word::register)
+    }
+
+    /// As `register`, by a child for itself, before the end of its clean-up, which is to leave it alone. Async-signal-safe.
+    #[cold]
+    pub(crate) fn register_young(&self, fd: RawFd, kind: Kind) -> io::Result<u32> {
+        self.register_by(fd, kind, care_word::register_young)
+    }
+
+    #[inline(always)]
+    fn register_by(
+        &self,
+        fd: RawFd,
+        kind: Kind,
+        register: impl Fn(&AtomicU32, &Dirty, Kind) -> u32,
+    ) -> io::Result<u32> {
         let word = self.words.get_or_map(fd)?;
         #[cfg(debug_assertions)]
         self.remember(fd, word.load(Relaxed));
@@ -114,20 +130,12 @@ impl CareTable {
         if above.load(Relaxed) <= fd as u32 {
             above.fetch_max(fd as u32 + 1, Relaxed);
         }
-        Ok(care_word::register(word, &self.dirty, kind))
-    }
-
-    /// This child registered `fd` for itself, before its clean-up, which is to leave it alone. Async-signal-safe.
-    #[cold]
-    pub(crate) fn make_young(&self, fd: RawFd) {
-        self.words.get(fd).into_iter().for_each(care_word::make_young);
+        Ok(register(word, &self.dirty, kind))
     }
 
     /// In a child of a child that did so: they are like any other now.
     fn grow_up(&self) {
-        self.scan(&[Kind::Cleanup, Kind::Close], |_, word| {
-            care_word::grow_up(word);
-        });
+        self.scan(&[Kind::Cleanup, Kind::Close], |_, word| care_word::grow_up(word));
     }
 
     /// Ends the registration that gave `stamp`. False, and nothing done, if it is not live here. Async-signal-safe.
@@ -196,7 +204,7 @@ impl CareTable {
         let (mut closed, mut kept) = (0, 0);
         let mut run: Option<(u32, u32)> = None;
         self.scan(kinds, |fd, word| {
-            if care_word::grow_up(word) {
+            if !care_word::is_inherited(word) {
                 return;
             }
             if keep(fd as RawFd) {

@@ -297,13 +297,10 @@ impl NoForking {
         if on == OnFork::Close {
             runtime::will_close_at_fork();
         }
-        match TABLE.register(fd, on.kind()) {
-            Ok(stamp) => {
-                if runtime::is_young() {
-                    TABLE.make_young(fd);
-                }
-                Ok(CareFd { value: ManuallyDrop::new(value), fd, stamp })
-            }
+        let registered =
+            if runtime::is_young() { TABLE.register_young(fd, on.kind()) } else { TABLE.register(fd, on.kind()) };
+        match registered {
+            Ok(stamp) => Ok(CareFd { value: ManuallyDrop::new(value), fd, stamp }),
             Err(error) => Err(AdoptError { error, fd, value }),
         }
     }

@@ -53,6 +53,7 @@ pub(crate) fn run(keep: &[RawFd]) -> Cleanup {
     }
     sigchld::put_back_in_child();
     let (closed, kept) = care_table::clean_up(keep);
+    runtime::care_fds_cleaned();
     let (hooks, panicked) = registration::clean_up();
     Cleanup { closed, kept, hooks, panicked, already: false }
 }

@@ -36,7 +36,9 @@ struct State {
     told: AtomicU32,
     /// How often this line of processes has forked; copied to children, who add one.
     generation: AtomicU64,
-    /// The generation whose clean-up was done.
+    /// The generation whose clean-up has begun.
+    cleaning: AtomicU64,
+    /// The one whose care-fds it has gone through: what is registered from here on it does not meet.
     cleaned: AtomicU64,
     start: AtomicU32,
     key: AtomicU32,
@@ -63,6 +65,7 @@ static STATE: State = State {
     alive: AtomicPtr::new(&raw const NOT_STARTED as *mut AtomicU32),
     told: AtomicU32::new(0),
     generation: AtomicU64::new(0),
+    cleaning: AtomicU64::new(0),
     cleaned: AtomicU64::new(0),
     start: AtomicU32::new(0),
     key: AtomicU32::new(u32::MAX),
@@ -259,14 +262,20 @@ pub(crate) fn print_wait() -> &'static WaitWord {
 /// True for the first to ask in this process.
 pub(crate) fn first_clean_up() -> bool {
     let generation = generation_unmarked();
-    STATE.cleaned.swap(generation, AcqRel) != generation
+    STATE.cleaning.swap(generation, AcqRel) != generation
+}
+
+/// The clean-up has gone through the care-fds.
+pub(crate) fn care_fds_cleaned() {
+    STATE.cleaned.store(STATE.cleaning.load(Relaxed), Release);
 }
 
 /// Whether what this process registers now is its own and not its parent's: a child before its clean-up. To be called inside a
 /// region.
 #[inline]
 pub(crate) fn is_young() -> bool {
-    let young = STATE.generation.load(Relaxed) != STATE.cleaned.load(Relaxed);
+    // Acquire: the clean-up's writes to the word come before the registration's.
+    let young = STATE.generation.load(Relaxed) != STATE.cleaned.load(Acquire);
     if young {
         STATE.young.store(true, Relaxed);
     }

@@ -420,6 +420,36 @@ fn a_child_keeps_what_it_opened_itself() {
     });
 }
 
+/// A child may have threads by the time it cleans up, that open and drop what is theirs.
+#[test]
+fn a_clean_up_leaves_alone_what_other_threads_open_meanwhile() {
+    static STOP: AtomicBool = AtomicBool::new(false);
+    static BEGUN: AtomicBool = AtomicBool::new(false);
+    isolated("a_clean_up_leaves_alone_what_other_threads_open_meanwhile", 60, || {
+        let inherited: Vec<CareFd<File>> = (0..400).map(|_| care()).collect();
+        for _ in 0..100 {
+            let pid = foreign(|| {
+                let opens = thread::spawn(|| {
+                    while !STOP.load(SeqCst) {
+                        let own = care();
+                        BEGUN.store(true, SeqCst);
+                        check(1, own.is_open_here() && is_open(own.as_raw_fd()));
+                    }
+                });
+                while !BEGUN.load(SeqCst) {
+                    thread::yield_now();
+                }
+                // SAFETY: nothing that is closed is used.
+                check(2, unsafe { postfork_child_noexec() }.is_ok_and(|done| done.closed == inherited.len()));
+                STOP.store(true, SeqCst);
+                check(3, opens.join().is_ok());
+                0
+            });
+            assert_eq!(reap(pid, SOON), Verdict::Exited(0));
+        }
+    });
+}
+
 #[test]
 fn switched_off_a_childs_own_are_closed_in_its_children() {
     let env = vec![("CAREFORK".to_owned(), "off".to_owned())];
