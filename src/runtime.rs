@@ -961,7 +961,7 @@ impl Start {
             return Err(ForkError::Forbidden { entered: me.entered() });
         }
         // A signal handler that forks meanwhile forks in the middle of this one.
-        set_stage(Stage::Working);
+        STAGE.set(Stage::Working);
         // Not coordinated: there is no lock of another library's handler to let go of.
         let plan = Plan { coordinated: false, deadline, let_go_at: None, bound: FIRST_BOUND };
         let mut steps = NoHooks { mask: None };
@@ -972,7 +972,7 @@ impl Start {
             return Ok(Start { shut: Some((me, shut)), mask: steps.mask.unwrap_or(mask) });
         }
         steps.restore_signals();
-        set_stage(Stage::None);
+        STAGE.set(Stage::None);
         STATE.count.refused.fetch_add(1, Relaxed);
         Err(report.into_error(outcome))
     }
@@ -1001,15 +1001,10 @@ impl Start {
             if !opened {
                 STATE.gate.finish_for(me, shut);
             }
-            set_stage(Stage::None);
+            STAGE.set(Stage::None);
         }
         sys::set_mask(&self.mask);
     }
-}
-
-fn set_stage(stage: Stage) {
-    // SAFETY: as in `on_prepare`; no reference is kept.
-    unsafe { (*PASSAGE.with(UnsafeCell::get)).stage = stage };
 }
 
 struct NoHooks {

@@ -258,7 +258,7 @@ fn a_child_of_the_handler() {
                         Kind::Foreign => tell.send(unsafe { libc::fork() }).expect("a channel"),
                         // SAFETY: as above.
                         Kind::Coordinated => match unsafe { carefork::fork() }.expect("a child") {
-                            carefork::Fork::Parent(child) => tell.send(child.id() as i32).expect("the test waits"),
+                            carefork::Fork::Parent(child) => tell.send(child.into_id() as i32).expect("the test waits"),
                             carefork::Fork::Child(_token) => {}
                         },
                     };

@@ -79,7 +79,7 @@ impl Kind {
         match self {
             // SAFETY: each `f` keeps to what a child may do.
             Kind::Coordinated => match unsafe { carefork::fork() }.expect("a coordinated fork") {
-                Fork::Parent(child) => child.id() as i32,
+                Fork::Parent(child) => child.into_id() as i32,
                 Fork::Child(token) => {
                     // SAFETY: no `f` uses a borrowed descriptor.
                     let done = unsafe { token.cleanup() };

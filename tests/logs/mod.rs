@@ -101,7 +101,7 @@ pub fn fork_then(kind: Kind, clean_up: bool, f: impl FnOnce() -> i32) -> libc::p
     match kind {
         // SAFETY: the children of these tests use what is the log's only.
         Kind::Coordinated => match unsafe { ForkOptions::new().timeout_never().fork() }.expect("a child") {
-            Fork::Parent(child) => libc::pid_t::try_from(child.id()).expect("a pid"),
+            Fork::Parent(child) => libc::pid_t::try_from(child.into_id()).expect("a pid"),
             Fork::Child(token) => {
                 if clean_up {
                     // SAFETY: no descriptor of the parent's is used.
