@@ -31,6 +31,7 @@ use crate::exec_plan::Plan;
 use crate::fork::Fork;
 use crate::options::ForkOptions;
 use crate::reap::child::Child;
+use crate::reap::known;
 use crate::region::no_forking;
 use crate::runtime::{Start, count};
 use crate::signals::Signals;
@@ -70,6 +71,8 @@ pub(crate) fn start(plan: &Plan, timeout: Option<Duration>) -> Result<Child, Not
 
 /// The outer error: no child; the inner one: a child that ended, and was reaped.
 fn once(plan: &Plan, deadline: Option<u64>) -> Result<Result<Child, Failure>, NotStarted> {
+    // Until there is a `Child`: an owner of SIGCHLD must not take it for a stranger's.
+    let _under_way = known::making_one();
     let start = Start::begin(deadline).map_err(NotStarted::Fork)?;
     let shared = Shared::new(plan, &start);
     let cloned = clone(&shared, libc::CLONE_PIDFD).or_else(|errno| match errno {
