@@ -236,7 +236,7 @@ pub(crate) enum Drain {
     Deadlock,
 }
 
-/// The words first, the seats after them (runtime.rs counts on it).
+/// The words first, the seats after them (runtime/mod.rs counts on it).
 #[derive(Debug)]
 #[repr(C)]
 pub(crate) struct Gate<S> {
@@ -793,7 +793,7 @@ impl<S: Seats> Gate<S> {
 
 fn location(p: &AtomicPtr<Location<'static>>) -> Option<&'static Location<'static>> {
     let p = p.load(Relaxed);
-    // SAFETY: only addresses of `&'static Location` (or null) are ever stored in a seat's `entered` (runtime.rs).
+    // SAFETY: only addresses of `&'static Location` (or null) are ever stored in a seat's `entered` (region.rs).
     #[allow(unsafe_code)]
     unsafe {
         p.as_ref()

@@ -1,0 +1,142 @@
+//! Which process this is: what a child takes over, and the child that nobody told (G10).
+
+#![allow(unsafe_code)]
+
+use super::*;
+
+/// A bypass child comes here on its first call (G10).
+#[inline]
+pub(crate) fn check_generation() {
+    // SAFETY: as in `me`.
+    let alive = unsafe { &*STATE.alive.load(Relaxed) };
+    if alive.load(Acquire) != HERE {
+        mend(alive);
+    }
+}
+
+pub(crate) fn generation() -> u64 {
+    start();
+    check_generation();
+    STATE.generation.load(Relaxed)
+}
+
+/// Whether this process is the one of `generation`: false in every child of it, also one that has not found out yet. Async-signal-safe.
+pub(crate) fn is_still(generation: u64) -> bool {
+    // SAFETY: as in `me`.
+    let alive = unsafe { &*STATE.alive.load(Relaxed) };
+    alive.load(Acquire) == HERE && STATE.generation.load(Relaxed) == generation
+}
+
+/// The generation's low bits, for a thread that has called `me` already.
+#[inline]
+pub(crate) fn generation_here() -> u32 {
+    STATE.generation.load(Relaxed) as u32
+}
+
+pub(crate) fn dirty() -> bool {
+    STATE.dirty.load(Relaxed)
+}
+
+pub(crate) fn bypassed() -> bool {
+    STATE.bypassed.load(Relaxed)
+}
+
+#[cold]
+pub(super) fn mend(alive: &AtomicU32) {
+    if was_told() && alive.compare_exchange(0, HERE, AcqRel, Acquire).is_ok() {
+        // Only the mark was missing.
+        forget_told();
+        return;
+    }
+    // A handler that came here in the middle would wait for the thread that it has interrupted.
+    let mask = sys::block_all();
+    if alive.compare_exchange(0, MENDING, AcqRel, Acquire).is_err() {
+        sys::set_mask(&mask);
+        while alive.load(Acquire) == MENDING {
+            sys::yield_now();
+        }
+        return;
+    }
+    if !matches!(STAGE.get(), Stage::None | Stage::Working | Stage::Mended) {
+        // A real at-fork child in which another library's handler came here before ours.
+        // SAFETY: as in `on_prepare`; it has returned, and `on_child` has not begun.
+        become_child(unsafe { &mut *PASSAGE.with(UnsafeCell::get) });
+    } else {
+        // Turned off, no child is told, and every one may be a real one.
+        if is_off() { &STATE.dirty } else { &STATE.bypassed }.store(true, Relaxed);
+        take_over(true);
+        abandon_hooks();
+        if let Some(s) = seated() {
+            s.set_entered(false);
+        }
+    }
+    alive.store(HERE, Release);
+    forget_told();
+    sys::set_mask(&mask);
+}
+
+/// The mark is set: the number has served. A bypass child in a PID namespace of its own may have the same one.
+fn forget_told() {
+    // Release pairs with the Acquire in `was_told`: who finds it forgotten finds the mark.
+    STATE.told.store(0, Release);
+}
+
+/// The child handler has set this process right, and nothing but the mark is missing: setting it costs a page, which most
+/// children never need.
+pub(super) fn was_told() -> bool {
+    STATE.told.load(Acquire) == sys::getpid()
+}
+
+/// As `generation() == 0`, without setting the mark of a child that has none yet. Async-signal-safe.
+pub(crate) fn is_no_child() -> bool {
+    generation_unmarked() == 0
+}
+
+pub(super) fn generation_unmarked() -> u64 {
+    if was_told() { STATE.generation.load(Relaxed) } else { generation() }
+}
+
+/// In a child: its thread is alone, whatever the words say.
+pub(super) fn take_over(ghosts: bool) {
+    let pid = sys::getpid();
+    STATE.told.store(pid, Relaxed);
+    STATE.generation.fetch_add(1, Relaxed);
+    let me = seated();
+    STATE.gate.seats.keep_only(me, ghosts);
+    if ghosts {
+        STATE.gate.set_ghosts();
+    }
+    STATE.gate.reset();
+    STATE.verdicts.forget();
+    if let Some(s) = me {
+        // A child's one thread has the number of the process.
+        s.tid.store(pid, Relaxed);
+        s.request.store(std::ptr::null_mut(), Relaxed);
+    }
+    for c in [
+        &STATE.count.forks,
+        &STATE.count.foreign,
+        &STATE.count.refused,
+        &STATE.count.dirty,
+        &STATE.count.late,
+        &STATE.count.in_region,
+        &STATE.count.thrown_away,
+        &STATE.count.unreported,
+        &STATE.count.programs,
+        &STATE.gate.reopened,
+    ] {
+        c.store(0, Relaxed);
+    }
+    let Waited { turn, regions, hooks, fork } = &STATE.waited;
+    [turn, regions, hooks, fork].into_iter().for_each(Clocked::reset);
+    STATE.print_wait.clear();
+    grow_up();
+}
+
+/// What a parent registered for itself before its clean-up is its parent's here.
+pub(super) fn grow_up() {
+    if STATE.young.load(Relaxed) {
+        STATE.young.store(false, Relaxed);
+        care_table::grow_up();
+    }
+}
