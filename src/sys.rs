@@ -416,8 +416,7 @@ fn highest_fd() -> u32 {
     u32::try_from(limit.rlim_max).map_or(1 << 20, |m| m.clamp(1 << 16, 1 << 30))
 }
 
-/// Device and inode of what `fd` refers to. Only builds that can spare the system calls look behind their owners (F6).
-#[cfg(debug_assertions)]
+/// Device and inode of what `fd` refers to.
 pub(crate) fn identity(fd: RawFd) -> Option<(u64, u64)> {
     // SAFETY: stat is plain data.
     let mut st: libc::stat = unsafe { std::mem::zeroed() };
