@@ -55,6 +55,7 @@ pub unsafe fn set_fork_replacement(replacement: Option<ForkReplacement>) {
 ///
 /// # Safety
 /// As for fork(2) in a process with threads.
+#[inline(always)]
 pub(crate) unsafe fn fork() -> io::Result<u32> {
     // SAFETY: null, or leaked by `set_fork_replacement`.
     let replacement = unsafe { REPLACEMENT.load(Ordering::Acquire).as_ref() };

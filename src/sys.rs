@@ -453,6 +453,7 @@ pub(crate) fn write_if_writable(fd: RawFd, text: &[u8]) -> bool {
 ///
 /// # Safety
 /// As for fork(2) in a process with threads.
+#[inline(always)]
 pub(crate) unsafe fn fork() -> io::Result<u32> {
     // SAFETY: the caller's promise.
     #[allow(clippy::disallowed_methods)]

@@ -60,7 +60,7 @@ pub(super) fn mend(alive: &AtomicU32) {
     if !matches!(STAGE.get(), Stage::None | Stage::Working | Stage::Mended) {
         // A real at-fork child in which another library's handler came here before ours.
         // SAFETY: as in `on_prepare`; it has returned, and `on_child` has not begun.
-        become_child(unsafe { &mut *PASSAGE.with(UnsafeCell::get) });
+        become_child(unsafe { &mut *PASSAGE.with(UnsafeCell::get) }, true);
     } else {
         // Turned off, no child is told, and every one may be a real one.
         if is_off() { &STATE.dirty } else { &STATE.bypassed }.store(true, Relaxed);
@@ -97,6 +97,7 @@ pub(super) fn generation_unmarked() -> u64 {
 }
 
 /// In a child: its thread is alone, whatever the words say.
+#[inline(always)]
 pub(super) fn take_over(ghosts: bool) {
     let pid = sys::getpid();
     STATE.told.store(pid, Relaxed);

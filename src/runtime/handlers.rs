@@ -365,7 +365,7 @@ pub(super) extern "C" fn on_child() {
     }
     let errno = passage.errno;
     if STAGE.get() != Stage::Mended {
-        become_child(passage);
+        become_child(passage, false);
     }
     STAGE.set(Stage::None);
     let coordinated = std::mem::take(&mut passage.coordinated);
@@ -375,7 +375,8 @@ pub(super) extern "C" fn on_child() {
 }
 
 /// What `on_child` does, whichever handler of the child comes first.
-pub(super) fn become_child(passage: &mut Passage) {
+#[inline(always)]
+pub(super) fn become_child(passage: &mut Passage, mending: bool) {
     let me = seated();
     let request = me.map_or(std::ptr::null_mut(), |m| m.request.load(Relaxed)).cast::<Request>();
     // SAFETY: as in `on_prepare`; the request is this child's copy of the forking thread's stack.
@@ -408,11 +409,10 @@ pub(super) fn become_child(passage: &mut Passage) {
         STATE.dirty.store(true, Relaxed);
     }
     take_over(!clean);
-    // From here on hooks may use regions: also where this runs under `mend`.
-    // SAFETY: as in `me`.
-    let alive = unsafe { &*STATE.alive.load(Relaxed) };
-    if alive.load(Relaxed) == MENDING {
-        alive.store(HERE, Release);
+    if mending {
+        // From here on hooks may use regions.
+        // SAFETY: as in `me`.
+        unsafe { &*STATE.alive.load(Relaxed) }.store(HERE, Release);
     }
     if hooks {
         STATE.hooks.forget_waiters();
