@@ -11,7 +11,7 @@
 mod common;
 mod kit;
 
-use carefork::{Command, CommandError, ForkError, Resource, Signals, Stdio, Step};
+use carefork::{Command, CommandError, ForkError, Reaper, Resource, Signals, Stdio, Step};
 use common::{Setup, can_change_user, isolated, isolated_with, raw, status_here};
 use kit::State;
 use std::fs::{self, File, Permissions};
@@ -442,6 +442,37 @@ fn programs_die_with_the_thread_that_started_them() {
             let status = child.wait_timeout(raw::patience(kit::SOON)).expect("a status").expect("it has ended");
             assert_eq!(status.signal(), Some(libc::SIGTERM));
         }
+    });
+}
+
+/// A program is a child like any: a reaper tells of its end, and a grace period is kept.
+#[test]
+fn a_reaper_watches_programs() {
+    isolated("a_reaper_watches_programs", 60, || {
+        let reaper = Reaper::new().expect("a reaper");
+        let (tell, told) = std::sync::mpsc::channel();
+        let watch = |command: &mut Command<'_>| {
+            let tell = tell.clone();
+            let child = command.spawn().expect("it starts");
+            reaper.watch(child, move |exit| tell.send(exit).expect("the test waits")).expect("watched")
+        };
+        let next = || loop {
+            reaper.dispatch().expect("dispatched");
+            if let Ok(exit) = told.recv_timeout(Duration::from_millis(1)) {
+                return exit;
+            }
+        };
+        let pid = watch(&mut sh("exit 3")).id();
+        let exit = next();
+        assert_eq!((exit.pid, exit.code()), (pid, Some(3)));
+        watch(Command::new("sleep").arg("1000")).terminate(Duration::from_secs(30)).expect("it is ours");
+        assert_eq!(next().signal(), Some(libc::SIGTERM));
+        watch(&mut sh("trap '' TERM; while :; do sleep 1; done"))
+            .terminate(Duration::from_millis(50))
+            .expect("it is ours");
+        let signal = next().signal();
+        assert!(matches!(signal, Some(libc::SIGKILL | libc::SIGTERM)), "{signal:?}");
+        assert!(told.try_recv().is_err() && reaper.is_empty());
     });
 }
 
