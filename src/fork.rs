@@ -152,18 +152,16 @@ impl ForkOptions<'_> {
         }
         orphans::reap();
         runtime::forget_report();
-        runtime::verdicts().ready().map_err(ForkError::Os)?;
+        runtime::gate().seats.verdicts.ready().map_err(ForkError::Os)?;
         let begin = clock::now();
         let ns = |d: std::time::Duration| u64::try_from(d.as_nanos()).unwrap_or(u64::MAX);
         let mut request = Request {
             deadline: self.timeout.map(|d| begin.saturating_add(ns(d))),
             let_go_at: None,
             bound: FIRST_BOUND,
-            ticket: 0,
             outcome: None,
         };
         loop {
-            request.ticket = runtime::next_ticket();
             request.let_go_at = Some(let_go_at(request.deadline));
             // An owner of SIGCHLD must not take the child for a stranger's.
             let under_way = known::making_one();
@@ -183,8 +181,7 @@ impl ForkOptions<'_> {
             };
             let again = match request.outcome {
                 None | Some(Outcome::Committed(_)) => {
-                    let good = !passed.ask_child || runtime::verdicts().ask(me, request.ticket, || sys::is_dead(pid));
-                    if good {
+                    if !passed.late {
                         restore(&passed);
                         count().forks.fetch_add(1, Relaxed);
                         if let Some(armed) = &ready.armed {

@@ -20,6 +20,7 @@
 //! region costs no fence of its own. The same pairing serves `leave` against a forker that goes to sleep.
 
 use crate::sync::{self, ANY, AtomicPtr, AtomicU32, AtomicU64, Ordering, Wake, fault, fence, heavy_fence, light_fence};
+use crate::verdict;
 use std::panic::Location;
 
 use Ordering::{AcqRel, Acquire, Relaxed, Release, SeqCst};
@@ -44,6 +45,8 @@ pub(crate) const LOCK: u64 = 1 << 32;
 pub(crate) const FIRST_BOUND: u64 = 1_000_000;
 /// The longest that a pending fork keeps others out at a time, and the bound after commitment.
 pub(crate) const LAST_BOUND: u64 = 100_000_000;
+/// How long a committed fork is watched before it is taken to wait for somebody (`Gate::past_bound`).
+const WATCH: u64 = LAST_BOUND / 2;
 /// How long a forker lets those in first that an earlier fork kept waiting (G3).
 pub(crate) const COURTESY: u64 = 1_000_000;
 /// How soon a thread that seems to wait for a lock of the forker's is asked again: it may have been on its way to sleep.
@@ -188,6 +191,34 @@ pub(crate) trait Seats {
     /// A gate that may be committed is about to be reopened: what is registered from here on may be unknown to the descriptors of
     /// the fork's child. `false` takes it back.
     fn loosen(&self, _begins: bool) {}
+    /// The word, shared with the child, that says how the fork ended which shut the gate by `shut`; `None` if there is none.
+    fn verdict(&self, _shut: u32) -> Option<&AtomicU32> {
+        None
+    }
+    /// The processor time that the thread in seat `id` has used.
+    fn used(&self, _id: u32) -> Used {
+        Used::default()
+    }
+}
+
+/// Processor time of a thread in ms, of the kernel's own work for it and of its own.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub(crate) struct Used {
+    pub(crate) kernel: u32,
+    pub(crate) user: u32,
+}
+
+impl Used {
+    fn pack(self) -> u64 {
+        u64::from(self.kernel) << 32 | u64::from(self.user)
+    }
+
+    /// Nothing but the kernel was at work since `before`, and it was for a good part of `WATCH`: it copies. A handler of
+    /// another library that waits for a thread kept out here sleeps, or runs code of its own between its looks.
+    fn is_copying(self, before: u64) -> bool {
+        let kernel = self.kernel.wrapping_sub((before >> 32) as u32);
+        self.user == before as u32 && u64::from(kernel) >= WATCH / 1_000_000 / 8
+    }
 }
 
 /// Who kept a fork waiting, copied without allocation.
@@ -197,6 +228,9 @@ pub(crate) struct Seen {
     pub(crate) name: [u64; 2],
     pub(crate) entered: Option<&'static Location<'static>>,
 }
+
+/// No time that a thread has used.
+const UNWATCHED: u64 = u64::MAX;
 
 /// How many threads a report names.
 pub(crate) const NAMED: usize = 8;
@@ -247,6 +281,8 @@ pub(crate) struct Gate<S> {
     deadline: AtomicU64,
     /// The word of the committed gate. Who reopens it and who forked take it away; the second of them ends `Seats::loosen`.
     committed: AtomicU32,
+    /// What the committed fork had used when a waiter began to watch it (`Used`), or `UNWATCHED`.
+    watched: AtomicU64,
     /// Threads kept waiting at the gate and not let in yet.
     waiters: AtomicU32,
     /// A forker waits for `waiters` to become 0.
@@ -276,6 +312,7 @@ impl<S: Seats> Gate<S> {
             mode: AtomicU32::new(OPEN),
             deadline: AtomicU64::new(0),
             committed: AtomicU32::new(0),
+            watched: AtomicU64::new(UNWATCHED),
             waiters: AtomicU32::new(0),
             courteous: AtomicU32::new(0),
             drain: AtomicU32::new(0),
@@ -383,7 +420,7 @@ impl<S: Seats> Gate<S> {
             let bound = self.deadline.load(Relaxed);
             let now = sync::now();
             if now >= bound {
-                self.reopen_late(w);
+                self.past_bound(w, bound);
                 continue;
             }
             if deadline.is_some_and(|d| now >= d) {
@@ -394,12 +431,36 @@ impl<S: Seats> Gate<S> {
         }
     }
 
-    /// By a waiter past the bound. Loosened first, because others may enter right after.
+    /// By a waiter. A committed fork that is at work has its time: the kernel copies page tables, 20 ms for each GiB. One that waits, in
+    /// the handler of another library, may do so for a thread that is kept out here.
+    fn past_bound(&self, shut: u32, bound: u64) {
+        if self.committed.load(Acquire) == shut {
+            let longer = sync::now().saturating_add(WATCH);
+            if self.deadline.compare_exchange(bound, longer, AcqRel, Relaxed).is_err() {
+                // Another waiter looks.
+                return;
+            }
+            let used = self.seats.used(self.role.load(Relaxed));
+            let before = self.watched.swap(used.pack(), AcqRel);
+            if before == UNWATCHED || used.is_copying(before) {
+                return;
+            }
+        }
+        self.reopen_late(shut);
+    }
+
+    /// By a waiter past the bound. Loosened and said first, because others may enter right after.
     fn reopen_late(&self, shut: u32) {
         if !fault("loosened_late") {
             self.seats.loosen(true);
         }
+        if !fault("late_too_late") {
+            self.say_late(shut);
+        }
         let mine = self.reopen(shut);
+        if fault("late_too_late") {
+            self.say_late(shut);
+        }
         if fault("loosened_late") {
             self.seats.loosen(true);
         }
@@ -410,6 +471,18 @@ impl<S: Seats> Gate<S> {
         if !mine || !self.takes_commitment(shut) {
             self.seats.loosen(false);
         }
+    }
+
+    fn say_late(&self, shut: u32) {
+        if let Some(word) = self.seats.verdict(shut) {
+            verdict::late(word, shut);
+        }
+    }
+
+    /// After the copy, by parent or child: whether the gate was shut to its end.
+    pub(crate) fn settle(&self, shut: u32) -> bool {
+        let said = self.seats.verdict(shut).and_then(|word| verdict::settle(word, shut));
+        said.unwrap_or_else(|| self.still_shut(shut))
     }
 
     /// By the forker, whose gate a waiter has reopened.
@@ -742,12 +815,15 @@ impl<S: Seats> Gate<S> {
         self.take_role(me, deadline)
     }
 
-    /// The gate is shut and every hook prepared: waiters give the fork `LAST_BOUND` from here.
+    /// The gate is shut and every hook prepared: waiters give the fork `LAST_BOUND` from here, and longer while it is at work.
     pub(crate) fn commit(&self, shut: u32) -> bool {
-        self.deadline.store(sync::now().saturating_add(LAST_BOUND), Relaxed);
-        self.committed.store(shut, Relaxed);
+        self.watched.store(UNWATCHED, Relaxed);
+        self.deadline.store(sync::now().saturating_add(LAST_BOUND - WATCH), Relaxed);
+        // Release pairs with `past_bound`: who sees the commitment sees that nobody has watched it.
+        self.committed.store(shut, Release);
+        let pending = self.seats.verdict(shut).is_none_or(|word| verdict::commit(word, shut));
         // A write, so that the waiter's in `reopen` comes before it, and is found, or after, and finds `committed`.
-        let kept = self.word.compare_exchange(shut, shut, AcqRel, Acquire).is_ok();
+        let kept = pending && self.word.compare_exchange(shut, shut, AcqRel, Acquire).is_ok();
         if !kept {
             self.was_reopened(shut);
         }

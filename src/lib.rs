@@ -39,15 +39,16 @@ mod clock;
 mod sync;
 // state
 mod durations;
+mod verdict;
 mod gate;
 mod prepare;
 mod hook_list;
 mod care_word;
 mod care_table;
+mod verdict_page;
 mod slots;
 mod print_wait;
 mod error;
-mod verdict;
 // register
 mod hook;
 mod runtime;

@@ -2,7 +2,8 @@
 
 #![allow(unsafe_code)]
 
-use crate::gate::{GHOST, Seats, Slot, VACANT};
+use crate::gate::{GHOST, Seats, Slot, Used, VACANT};
+use crate::verdict_page::Page;
 use crate::{care_table, sys};
 use std::sync::atomic::{AtomicPtr, AtomicU32, Ordering};
 
@@ -15,6 +16,7 @@ const CHUNKS: usize = 20;
 pub(crate) struct SlotTable {
     /// Seats ever given out.
     used: AtomicU32,
+    pub(crate) verdicts: Page,
     /// Chunk k holds the seats `FIRST << k .. FIRST << (k + 1)`. Never unmapped.
     chunks: [AtomicPtr<Slot>; CHUNKS],
     first: [Slot; FIRST as usize],
@@ -26,6 +28,7 @@ impl SlotTable {
             first: [const { Slot::new() }; FIRST as usize],
             chunks: [const { AtomicPtr::new(std::ptr::null_mut()) }; CHUNKS],
             used: AtomicU32::new(0),
+            verdicts: Page::new(),
         }
     }
 
@@ -154,6 +157,16 @@ impl Seats for SlotTable {
 
     fn loosen(&self, begins: bool) {
         if begins { care_table::loosen() } else { care_table::dirty_ends() }
+    }
+
+    fn verdict(&self, shut: u32) -> Option<&AtomicU32> {
+        self.verdicts.word(shut)
+    }
+
+    fn used(&self, id: u32) -> Used {
+        let Some(s) = self.seat(id) else { return Used::default() };
+        let (kernel, user) = sys::processor_time(s.tid.load(Ordering::Relaxed));
+        Used { kernel, user }
     }
 
     fn each(&self, mut f: impl FnMut(&Slot) -> bool) {

@@ -21,6 +21,8 @@ pub mod gate;
 pub mod hook_list;
 #[path = "../../src/prepare.rs"]
 pub mod prepare;
+#[path = "../../src/verdict.rs"]
+pub mod verdict;
 
 #[path = "../../src/locks"]
 pub mod locks {

@@ -43,6 +43,7 @@ impl<S> Gate<S> {
             mode: AtomicU32::new(OPEN),
             deadline: AtomicU64::new(0),
             committed: AtomicU32::new(0),
+            watched: AtomicU64::new(UNWATCHED),
             waiters: AtomicU32::new(0),
             courteous: AtomicU32::new(0),
             drain: AtomicU32::new(0),
@@ -69,7 +70,7 @@ impl<S> Gate<S> {
             &self.queued,
             &self.tickets,
             &self.turn,
-            // Last: a fork's copy is causally closed. Whatever is in it, what led to it is in it too.
+            // Last, as if it were copied last: nothing may depend on it.
             &self.word,
         ]
     }

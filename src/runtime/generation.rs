@@ -108,7 +108,7 @@ pub(super) fn take_over(ghosts: bool) {
         STATE.gate.set_ghosts();
     }
     STATE.gate.reset();
-    STATE.verdicts.forget();
+    STATE.gate.seats.verdicts.forget();
     if let Some(s) = me {
         // A child's one thread has the number of the process.
         s.tid.store(pid, Relaxed);

@@ -40,8 +40,8 @@ pub(super) struct Passage {
     mask: Option<sys::SigSet>,
     /// When the prepare handler returned.
     begun: u64,
-    /// In the parent: a waiter had reopened the gate when its handler came.
-    reopened: bool,
+    /// In the parent: a waiter reopened the gate before the copy was whole.
+    late: bool,
     /// In the child: a coordinated fork made it.
     coordinated: bool,
     /// What a coordinated fork has collected. Here and not with its request, so that the frames below libc's fork are small: each
@@ -58,7 +58,7 @@ impl Passage {
         marking: false,
         mask: None,
         begun: 0,
-        reopened: false,
+        late: false,
         coordinated: false,
         report: ManuallyDrop::new(Report::new()),
         busy: Busy::NONE,
@@ -78,15 +78,15 @@ impl Passage {
 pub(crate) struct Passed {
     /// The mask from before: signals are blocked still.
     pub(crate) mask: Option<sys::SigSet>,
-    /// The parent found its gate reopened after commitment: the child knows whether before the fork or after.
-    pub(crate) ask_child: bool,
+    /// A waiter reopened the gate before the child's copy was whole: the child ends at once.
+    pub(crate) late: bool,
 }
 
 /// After libc's fork, in the thread that called it. Async-signal-safe.
 pub(crate) fn passed() -> Passed {
     // SAFETY: as in `on_prepare`.
     let passage = unsafe { &mut *PASSAGE.with(UnsafeCell::get) };
-    Passed { mask: passage.mask.take(), ask_child: std::mem::take(&mut passage.reopened) }
+    Passed { mask: passage.mask.take(), late: std::mem::take(&mut passage.late) }
 }
 
 /// Before a coordinated fork's first try. Async-signal-safe.
@@ -109,8 +109,6 @@ pub(crate) struct Request {
     pub(crate) deadline: Option<u64>,
     pub(crate) let_go_at: Option<u64>,
     pub(crate) bound: u64,
-    /// Names this fork in the verdict word.
-    pub(crate) ticket: u32,
     /// What became of it, for the parent.
     pub(crate) outcome: Option<Outcome>,
 }
@@ -246,6 +244,8 @@ fn prepare_coordinated(me: &Slot, request: &mut Request, passage: &mut Passage) 
 }
 
 fn prepare_foreign(me: &Slot, passage: &mut Passage) {
+    // Without it the child goes by its own copy of the gate.
+    drop(STATE.gate.seats.verdicts.ready());
     STATE.count.foreign.fetch_add(1, Relaxed);
     if me.in_guard() {
         STATE.count.in_region.fetch_add(1, Relaxed);
@@ -308,13 +308,13 @@ pub(super) extern "C" fn on_parent() {
         STAGE.set(Stage::None);
         return;
     };
-    let mut ours = true;
+    let mut late = false;
     if let Stage::Committed(shut) = stage {
+        late = !STATE.gate.settle(shut);
         STATE.waited.fork.note(clock::now().saturating_sub(passage.begun));
         let phase = if has_failed(errno) { Phase::Undo } else { Phase::Parent };
         finish_hooks(phase);
-        ours = STATE.gate.reopen(shut);
-        if !ours {
+        if !STATE.gate.reopen(shut) {
             STATE.gate.was_reopened(shut);
         }
         STATE.gate.drop_role(me);
@@ -322,9 +322,9 @@ pub(super) extern "C" fn on_parent() {
     if passage.marking {
         care_table::dirty_ends();
     }
-    passage.reopened = !ours;
+    passage.late = late;
     let coordinated = !me.request.load(Relaxed).is_null();
-    if !ours && !coordinated {
+    if late && !coordinated {
         STATE.count.late.fetch_add(1, Relaxed);
     }
     pass_mask(passage, coordinated);
@@ -378,10 +378,7 @@ pub(super) extern "C" fn on_child() {
 #[inline(always)]
 pub(super) fn become_child(passage: &mut Passage, mending: bool) {
     let me = seated();
-    let request = me.map_or(std::ptr::null_mut(), |m| m.request.load(Relaxed)).cast::<Request>();
-    // SAFETY: as in `on_prepare`; the request is this child's copy of the forking thread's stack.
-    let request = unsafe { request.as_ref() };
-    passage.coordinated = request.is_some();
+    passage.coordinated = me.is_some_and(|m| !m.request.load(Relaxed).is_null());
     let mut clean = !passage.dirty;
     let mut hooks = false;
     let mut late = false;
@@ -389,11 +386,10 @@ pub(super) fn become_child(passage: &mut Passage, mending: bool) {
         Stage::Refused => sys::exit_now(0),
         Stage::Committed(shut) => {
             hooks = true;
-            if !STATE.gate.still_shut(shut) {
+            if !STATE.gate.settle(shut) {
                 clean = false;
                 late = true;
-                if let Some(request) = request {
-                    STATE.verdicts.say(me, request.ticket, false);
+                if passage.coordinated {
                     sys::exit_now(0);
                 }
             }
@@ -401,9 +397,6 @@ pub(super) fn become_child(passage: &mut Passage, mending: bool) {
         Stage::Dirty => clean = false,
         // Nothing was shut: as after a plain fork, but nobody is to be blamed.
         Stage::None | Stage::Working | Stage::Mended => clean = false,
-    }
-    if let (Some(request), true) = (request, hooks) {
-        STATE.verdicts.say(me, request.ticket, true);
     }
     if !clean {
         STATE.dirty.store(true, Relaxed);

@@ -15,7 +15,6 @@ use crate::hook_list::HookList;
 use crate::prepare::{self, Hooks, How, Outcome, Plan, Steps, Wait};
 use crate::print_wait::{self, WaitWord};
 use crate::slots::SlotTable;
-use crate::verdict::Pages;
 use crate::{clock, sys};
 use std::cell::{Cell, UnsafeCell};
 use std::mem::ManuallyDrop;
@@ -64,8 +63,6 @@ struct State {
     count: Counters,
     waited: Waited,
     print_wait: WaitWord,
-    verdicts: Pages,
-    tickets: AtomicU32,
     gate: Gate<SlotTable>,
 }
 
@@ -97,8 +94,6 @@ static STATE: State = State {
     },
     waited: Waited { turn: Clocked::new(), regions: Clocked::new(), hooks: Clocked::new(), fork: Clocked::new() },
     print_wait: WaitWord::new(),
-    verdicts: Pages::new(),
-    tickets: AtomicU32::new(1),
     gate: Gate::new(SlotTable::new()),
 };
 
@@ -193,15 +188,6 @@ pub(crate) fn is_cleaned_up() -> bool {
 /// Before the first registration of its kind.
 pub(crate) fn will_close_at_fork() {
     STATE.closes_at_fork.store(true, Relaxed);
-}
-
-/// Names a coordinated fork in its verdict word.
-pub(crate) fn next_ticket() -> u32 {
-    STATE.tickets.fetch_add(1, Relaxed)
-}
-
-pub(crate) fn verdicts() -> &'static Pages {
-    &STATE.verdicts
 }
 
 pub(crate) fn foreign_budget() -> &'static AtomicU64 {

@@ -32,20 +32,42 @@ fn waiting_for_each_other_inside_regions() {
     });
 }
 
-/// A waiter past the bound reopens the gate, even after commitment: the child's copy says so.
+/// A waiter past the bound reopens the gate, even after commitment: child and parent both know.
 #[test]
 fn reopened_after_commitment() {
-    check(2, || {
+    check(1, || {
         let w = World::reopening(2);
-        let a = w.thread(1, |w, me| {
-            w.region(me);
-            w.region(me);
-        });
+        let a = w.thread(1, |w, me| w.region(me));
         let clock = Clock::start(2 * LAST_BOUND);
         let plan = Plan { coordinated: true, deadline: None, let_go_at: None, bound: FIRST_BOUND };
         w.fork_once(w.seat(0), &mut NoHooks, &plan);
         a.join().unwrap();
         clock.stop();
+        assert_eq!(w.loose(), 0, "loosened for good");
+    });
+}
+
+/// Who comes in by a gate that another has reopened is in no copy that is said to be whole.
+#[test]
+fn reopened_by_one_entered_by_another() {
+    check(2, || {
+        let w = World::reopening(3);
+        let me = w.seat(0);
+        assert!(w.gate.try_role(me));
+        let shut = w.gate.shut(FIRST_BOUND);
+        assert!(w.gate.commit(shut));
+        // Two looks of a waiter, time moving on before each, reopen it.
+        let others = [1, 2].map(|i| {
+            w.thread(i, |w, me| {
+                sync::advance(LAST_BOUND);
+                w.region(me);
+            })
+        });
+        w.copies(me, shut, || {});
+        w.gate.drop_role(me);
+        for thread in others {
+            thread.join().unwrap();
+        }
         assert_eq!(w.loose(), 0, "loosened for good");
     });
 }

@@ -41,7 +41,8 @@ const FAULTS: &[(&str, &str)] = &[
     ("condvar_one_takes_bit", "condvars::two_waiters_and_one_notifier"),
     ("condvar_unused_bit_off", "condvars::two_waiters_and_one_notifier"),
     ("condvar_timeout_eats", "condvars::a_timed_out_waiter_takes_no_wake_up"),
-    ("loosened_late", "clocked::reopened_after_commitment"),
+    ("loosened_late", "clocked::reopened_by_one_entered_by_another"),
+    ("late_too_late", "clocked::reopened_by_one_entered_by_another"),
 ];
 
 /// Far more than a model takes; a hang is no catch.

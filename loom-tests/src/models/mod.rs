@@ -2,8 +2,8 @@
 //!
 //! Each thread has a cell that it writes in its regions. The forker reads them all at the instant: loom reports any region
 //! that is not ordered before or after it, whether or not the two were seen to overlap. Where waiters may reopen the gate
-//! (G11) a region may overlap rightly, so there the copy itself is looked at: a region in it, and a gate still shut, is the
-//! failure.
+//! (G11) a region may overlap rightly, so there the copy itself is looked at: a region in it, and a verdict that it is whole, is
+//! the failure. The kernel copies page by page, in no order that a program knows: here the gate first, and what regions did last.
 //!
 //! Time stands still but for `Clock`. So in a model without one, what the library would mend by a time-out is a deadlock.
 
@@ -46,20 +46,36 @@ fn check_with(preemptions: usize, membarrier: bool, f: impl Fn() + Sync + Send +
     println!("{} interleavings, {:?}", runs.load(Ordering::Relaxed), start.elapsed());
 }
 
-/// The seats of threads 0, 1, ...; their ids are one more. And how often the registry is loosened.
-struct Table(Vec<Slot>, AtomicU32);
+/// The seats of threads 0, 1, ...; their ids are one more.
+struct Table {
+    seats: Vec<Slot>,
+    /// How often the registry is loosened.
+    loose: AtomicU32,
+    /// One for all forks: each takes it from the one before.
+    verdict: AtomicU32,
+}
+
+impl Table {
+    fn new(seats: Vec<Slot>) -> Table {
+        Table { seats, loose: AtomicU32::new(0), verdict: AtomicU32::new(0) }
+    }
+}
 
 impl Seats for Table {
     fn each(&self, mut f: impl FnMut(&Slot) -> bool) {
-        let _all = self.0.iter().all(&mut f);
+        let _all = self.seats.iter().all(&mut f);
     }
 
     fn seat(&self, id: u32) -> Option<&Slot> {
-        self.0.get((id as usize).checked_sub(1)?)
+        self.seats.get((id as usize).checked_sub(1)?)
+    }
+
+    fn verdict(&self, _: u32) -> Option<&AtomicU32> {
+        Some(&self.verdict)
     }
 
     fn loosen(&self, begins: bool) {
-        self.1.fetch_add(if begins { 1 } else { u32::MAX }, Ordering::AcqRel);
+        self.loose.fetch_add(if begins { 1 } else { u32::MAX }, Ordering::AcqRel);
     }
 }
 
@@ -99,7 +115,7 @@ impl World {
 
     fn with(threads: u32, strict: bool, child: bool) -> Arc<World> {
         Arc::new(World {
-            gate: Gate::new(Table((1..=threads).map(Slot::new).collect(), AtomicU32::new(0))),
+            gate: Gate::new(Table::new((1..=threads).map(Slot::new).collect())),
             data: (0..threads).map(|_| UnsafeCell::new(0)).collect(),
             inside: (0..threads).map(|_| AtomicU32::new(0)).collect(),
             role: UnsafeCell::new(0),
@@ -109,7 +125,7 @@ impl World {
     }
 
     fn seat(&self, i: usize) -> &Slot {
-        &self.gate.seats.0[i]
+        &self.gate.seats.seats[i]
     }
 
     /// Starts thread `i`.
@@ -130,7 +146,7 @@ impl World {
             // SAFETY: loom checks it.
             self.data[i].with_mut(|d| unsafe { *d += 1 });
         } else {
-            // Release, for the fork's copy is causally closed: who sees this in it sees the gate that let it be.
+            // Release: who sees this in the copy sees what was said before the gate let it be.
             self.inside[i].store(inside, Ordering::Release);
         }
     }
@@ -170,8 +186,17 @@ impl World {
         // SAFETY: loom checks it.
         self.role.with_mut(|r| unsafe { *r += 1 });
         steps.at_fork();
+        let forked = self.copies(me, shut, || steps.finish());
+        self.gate.drop_role(me);
+        steps.restore_signals();
+        if forked { Ended::Forked } else { Ended::Reopened }
+    }
+
+    /// From the copy to the reopening, with the role; `parent` is the parent's side. Whether the child is one.
+    fn copies(&self, me: &Slot, shut: u32, parent: impl FnOnce()) -> bool {
         let child = self.copied();
-        let forked = child.gate.still_shut(shut);
+        // By the child, whose memory is all there, in the word that it shares with the parent.
+        let forked = self.gate.settle(shut);
         assert!(forked || !self.strict, "nobody could have reopened it");
         if forked {
             // `depth` would be no evidence: who is about to step back from a shut gate has said 1 there.
@@ -186,19 +211,18 @@ impl World {
             // Whoever enters from here on has seen it too: what it registers is marked.
             assert_ne!(self.loose(), 0, "reopened after the commitment, and the registry knows nothing of it");
         }
-        steps.finish();
+        parent();
+        assert_eq!(self.gate.settle(shut), forked, "parent and child disagree");
         let ours = self.gate.reopen(shut);
         assert!(ours || !self.strict);
         if !ours {
             self.gate.was_reopened(shut);
         }
-        self.gate.drop_role(me);
-        steps.restore_signals();
-        if forked { Ended::Forked } else { Ended::Reopened }
+        forked
     }
 
     fn loose(&self) -> u32 {
-        self.gate.seats.1.load(Ordering::Acquire)
+        self.gate.seats.loose.load(Ordering::Acquire)
     }
 
     fn copied(&self) -> World {
@@ -208,11 +232,10 @@ impl World {
                 d.with(|d| unsafe { *d });
             }
         }
-        // What regions did is copied before what let them begin: see `Gate::copied`.
+        let gate = self.gate.copied(Table::new(self.gate.seats.seats.iter().map(Slot::copied).collect()));
         let inside = self.inside.iter().map(|i| AtomicU32::new(i.load(Ordering::Acquire))).collect();
-        let seats = Table(self.gate.seats.0.iter().map(Slot::copied).collect(), AtomicU32::new(0));
         World {
-            gate: self.gate.copied(seats),
+            gate,
             data: self.data.iter().map(|_| UnsafeCell::new(0)).collect(),
             inside,
             role: UnsafeCell::new(0),
@@ -239,14 +262,14 @@ impl World {
         self.becomes_child(i);
         let me = self.seat(i);
         let held = me.depth();
-        for s in &self.gate.seats.0 {
+        for s in &self.gate.seats.seats {
             assert!(self.gate.try_enter(s, GUARD), "the child's gate is shut");
             self.gate.leave(s, GUARD);
             self.gate.enter(s, LOCK);
             self.gate.leave(s, LOCK);
         }
         assert_eq!(me.depth(), held);
-        for s in &self.gate.seats.0 {
+        for s in &self.gate.seats.seats {
             if held != 0 && !std::ptr::eq(s, me) {
                 continue;
             }
@@ -263,7 +286,7 @@ impl World {
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 enum Ended {
     Forked,
-    /// The child found its gate reopened.
+    /// A waiter reopened the gate before the copy was whole.
     Reopened,
     Not(Outcome),
 }

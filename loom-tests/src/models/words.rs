@@ -98,7 +98,7 @@ impl Locks {
 
     /// Everything is free, and no bit that was left keeps anybody out.
     fn at_rest(&self) {
-        for s in &self.gate().seats.0 {
+        for s in &self.gate().seats.seats {
             assert!(self.mutex.try_lock(self.gate(), s));
             self.mutex.unlock(self.gate(), s);
             for want in [Want::Read, Want::Upgradable, Want::Write] {
