@@ -535,6 +535,7 @@ fn no_line_mixes_two_descriptors() {
 #[test]
 fn what_goes_meanwhile_is_left_out() {
     isolated("what_goes_meanwhile_is_left_out", 60, || {
+        kit::freeze();
         let stop = Stop::default();
         thread::scope(|s| {
             let _stop = stop.on_drop();
@@ -566,6 +567,7 @@ fn children_get_nothing_of_the_audits_own() {
     isolated("children_get_nothing_of_the_audits_own", 60, || {
         let stop = Stop::default();
         let expected: Vec<RawFd> = self_fds().as_slice().to_vec();
+        kit::freeze();
         thread::scope(|s| {
             let _stop = stop.on_drop();
             s.spawn(|| {

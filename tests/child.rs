@@ -20,8 +20,9 @@ fn sleeper() -> Child {
 
 fn sleeper_with(options: &ForkOptions<'_>) -> Child {
     forked(options, |_| {
-        thread::sleep(Duration::from_secs(60));
-        1
+        loop {
+            thread::sleep(Duration::from_secs(3600));
+        }
     })
 }
 

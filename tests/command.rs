@@ -432,7 +432,7 @@ fn programs_die_with_the_thread_that_started_them() {
             }
             let start = move || {
                 let mut sleep = Command::new("sleep");
-                sleep.arg("1000").death_signal(libc::SIGTERM);
+                sleep.arg("100000").death_signal(libc::SIGTERM);
                 if let Some(uid) = uid {
                     sleep.uid(uid);
                 }
@@ -465,7 +465,7 @@ fn a_reaper_watches_programs() {
         let pid = watch(&mut sh("exit 3")).id();
         let exit = next();
         assert_eq!((exit.pid, exit.code()), (pid, Some(3)));
-        watch(Command::new("sleep").arg("1000")).terminate(Duration::from_secs(30)).expect("it is ours");
+        watch(Command::new("sleep").arg("100000")).terminate(Duration::from_secs(3600)).expect("it is ours");
         assert_eq!(next().signal(), Some(libc::SIGTERM));
         watch(&mut sh("trap '' TERM; while :; do sleep 1; done"))
             .terminate(Duration::from_millis(50))

@@ -13,7 +13,7 @@ use carefork::{
 use common::{Verdict, check, isolated, raw, reap};
 use drive::{
     BOTH, Kind, MS, SOON, Stop, a_while, coordinated, foreign, fork_with, freeze, gettid, inside, no_child_left,
-    run_clock, until, until_shut,
+    run_clock, run_slowly, run_with, until, until_it_looked, until_shut,
 };
 use std::io::Read;
 use std::os::fd::{AsRawFd, FromRawFd, OwnedFd};
@@ -70,8 +70,9 @@ impl Drop for Caught {
 
 #[test]
 fn busy_names_those_in_the_way() {
-    isolated("busy_names_those_in_the_way", 30, || {
-        let clock = run_clock(5 * MS);
+    isolated("busy_names_those_in_the_way", 60, || {
+        // Not faster than this thread, which forks, looks at it.
+        let clock = run_with(gettid(), 5 * MS);
         let one = inside("culprit");
         let Err(ForkError::Busy { culprits }) = coordinated(|| 1) else { panic!("it is in the way") };
         assert_eq!((culprits.count, culprits.threads.len(), culprits.hook), (1, 1, None));
@@ -314,7 +315,6 @@ fn a_dirty_child_works_on() {
             });
             for _ in 0..10 {
                 ends_well(foreign(|| {
-                    carefork::testing::release();
                     check(1, try_no_forking().is_some());
                     drop(no_forking());
                     thread::scope(|s| {
@@ -460,28 +460,33 @@ fn the_bound_doubles() {
     isolated("the_bound_doubles", 60, || {
         freeze();
         set_foreign_budget(None);
-        let never = ForkOptions::new().timeout_never();
+        let never = &ForkOptions::new().timeout_never();
         for kind in BOTH {
-            let busy = inside("busy");
+            let (busy, tid) = (inside("busy"), AtomicI32::new(0));
             thread::scope(|s| {
                 s.spawn(|| {
+                    tid.store(gettid(), SeqCst);
                     ends_well(match kind {
-                        Kind::Coordinated => fork_with(&never, || 0).expect("no budget"),
+                        Kind::Coordinated => fork_with(never, || 0).expect("no budget"),
                         Kind::Foreign => foreign(|| 0),
                     });
                 });
+                // It knows how long it is to wait when it waits.
+                let until_it_waits = || until_it_looked(tid.load(SeqCst));
                 let step = MS / 100;
                 // In all less than the half second after which a coordinated fork begins anew.
                 for bound in [1, 2, 4, 8, 16, 32, 64, 100] {
                     until_shut();
+                    until_it_waits();
                     advance(bound * MS - step);
-                    thread::sleep(10 * MS);
+                    until_it_waits();
                     assert!(try_no_forking().is_none(), "open again before {bound} ms ({kind:?})");
                     advance(step);
                     until(|| try_no_forking().is_some());
                     // And others are let in for as long as they were kept out.
+                    until_it_waits();
                     advance(bound * MS - step);
-                    thread::sleep(10 * MS);
+                    until_it_waits();
                     assert!(try_no_forking().is_some(), "shut again within {bound} ms ({kind:?})");
                     advance(step);
                 }
@@ -495,6 +500,7 @@ fn the_bound_doubles() {
 #[test]
 fn threads_may_wait_for_each_other_inside_regions() {
     isolated("threads_may_wait_for_each_other_inside_regions", 60, || {
+        let _clock = run_slowly();
         set_foreign_budget(None);
         let never = ForkOptions::new().timeout_never();
         for i in 0..40 {
@@ -553,7 +559,7 @@ fn who_waits_at_the_gate_reopens_it() {
                 until(|| waiter.load(SeqCst) != 0);
                 a_while();
                 assert!(!GO.load(SeqCst), "{kind:?}");
-                let _clock = run_clock(MS);
+                let _clock = run_slowly();
                 until(|| GO.load(SeqCst));
             });
             assert_eq!(stats().reopened, reopened + 1, "{kind:?}");

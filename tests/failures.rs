@@ -261,6 +261,7 @@ fn a_panic_in_a_later_phase() {
 
 /// Two threads in and out of regions and care-fds, forks of both kinds, all of a child's life: what must work on every kernel.
 fn a_days_work() {
+    kit::freeze();
     let seen = shared();
     let calls = Calls::new();
     let _hook = calls.register("counter");

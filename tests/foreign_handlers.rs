@@ -328,19 +328,30 @@ fn fork_while_one_comes_to_the_gate(kind: Kind, child: impl FnOnce() -> i32) {
     fork_while_one_does(kind, || drop(no_forking()), child);
 }
 
-/// `at_gate` runs in another thread, between carefork's prepare handler and the fork.
+/// `at_gate` runs in another thread, between carefork's prepare handler and the fork, when the time that others have to wait is up.
+/// It stands still until then: nobody opens the gate but that thread.
 fn fork_while_one_does(kind: Kind, at_gate: impl FnOnce() + Send, child: impl FnOnce() -> i32) {
     AT_GATE.store(0, SeqCst);
     THROUGH.store(false, SeqCst);
     WAITED.store(0, SeqCst);
+    freeze();
+    let forked = AtomicBool::new(false);
     thread::scope(|s| {
         s.spawn(|| {
             until(|| AT_GATE.load(SeqCst) == 1);
             assert!(try_no_forking().is_none());
+            carefork::testing::advance(100 * MS);
             at_gate();
             THROUGH.store(true, SeqCst);
+            // One that gave way comes back after a rest; there is nobody at the gate then.
+            until(|| {
+                carefork::testing::advance(MS / 50);
+                forked.load(SeqCst)
+            });
         });
-        ends_well(kind.fork(child));
+        let pid = kind.fork(child);
+        forked.store(true, SeqCst);
+        ends_well(pid);
     });
     assert_ne!(WAITED.load(SeqCst), 0);
 }
@@ -349,7 +360,6 @@ fn fork_while_one_does(kind: Kind, at_gate: impl FnOnce() + Send, child: impl Fn
 fn a_commitment_lost_before_the_fork() {
     isolated("a_commitment_lost_before_the_fork", 30, || {
         early([waits_for_a_thread_at_the_gate, nothing, nothing]);
-        let _clock = run_clock(MS);
         fork_while_one_comes_to_the_gate(Kind::Coordinated, || i32::from(lineage().dirty));
         // It gave way, and came back.
         assert_eq!((stats().reopened, stats().thrown_away, stats().forks), (1, 1, 1));
@@ -364,7 +374,6 @@ fn a_commitment_lost_before_the_fork() {
 fn what_is_registered_after_a_lost_commitment_is_left_alone() {
     isolated("what_is_registered_after_a_lost_commitment_is_left_alone", 30, || {
         early([waits_for_a_thread_at_the_gate, nothing, nothing]);
-        let clock = run_clock(MS);
         let before = CareFd::open(|| File::open("/dev/null")).expect("opened");
         let late = std::sync::Mutex::new(None);
         let number = AtomicI32::new(-1);
@@ -383,7 +392,6 @@ fn what_is_registered_after_a_lost_commitment_is_left_alone() {
             i32::from(!is_open(number.load(SeqCst)))
         });
         assert_eq!((stats().late, stats().dirty), (1, 0));
-        drop(clock);
         early([nothing, nothing, nothing]);
         // Nothing is left of it: to the child of a clean fork it is a care-fd like any.
         ends_well(foreign(|| {
@@ -399,7 +407,6 @@ fn what_is_registered_after_a_lost_commitment_is_left_alone() {
 fn a_gate_reopened_after_the_fork_costs_nothing() {
     isolated("a_gate_reopened_after_the_fork_costs_nothing", 30, || {
         early([nothing, waits_for_a_thread_at_the_gate, nothing]);
-        let _clock = run_clock(MS);
         for kind in BOTH {
             fork_while_one_comes_to_the_gate(kind, || i32::from(lineage().dirty));
         }
@@ -416,6 +423,7 @@ fn a_gate_reopened_after_the_fork_costs_nothing() {
 fn two_forks_meet_in_a_handlers_lock() {
     isolated("two_forks_meet_in_a_handlers_lock", 60, || {
         both_with_locks();
+        set_foreign_budget(Some(1000 * MS));
         for kind in BOTH {
             let (begun, go) = (AtomicBool::new(false), AtomicBool::new(false));
             let before = stats();
@@ -436,7 +444,8 @@ fn two_forks_meet_in_a_handlers_lock() {
                 });
                 until_shut();
                 go.store(true, SeqCst);
-                let _clock = run_clock(5 * MS);
+                // Slowly: half a second passes before the first lets go, and half a second is left for the other and for it.
+                let _clock = run_clock(MS / 10);
                 until(|| stats().forks + stats().foreign >= before.forks + before.foreign + 2);
             });
             assert!(EARLY_LOCK.is_free() && LATE_LOCK.is_free());
@@ -565,7 +574,7 @@ fn round_region_late() {
 fn two_kinds_of_fork_with_handlers_locks_inside_and_outside() {
     isolated("two_kinds_of_fork_with_handlers_locks_inside_and_outside", 60, || {
         both_with_locks();
-        let ends = storm(&[in_region_early, round_region_late], 300, MS / 5, 1000 * MS);
+        let ends = storm(&[in_region_early, round_region_late], 300, Duration::ZERO, 1000 * MS);
         assert_eq!((ends.ok, ends.busy, ends.dirty), (600, 0, 0));
     });
 }

@@ -31,6 +31,8 @@ fn ends_well(pid: i32) {
 #[track_caller]
 fn storm(work: impl Fn(usize) + Sync, child: impl Fn() -> i32) {
     let stop = AtomicBool::new(false);
+    // A forking thread may be off its processor for longer than others wait at the gate (G11): they wait on.
+    freeze();
     thread::scope(|s| {
         let _stop = Stop(&stop);
         for n in 0..THREADS {

@@ -191,6 +191,7 @@ fn generation(depth: u64, calls: Calls, inherited: &[CareFd<File>], foreign_too:
 
 #[track_caller]
 fn ten_generations(foreign_too: bool) {
+    kit::freeze();
     let calls = Calls::new();
     let _hook = calls.register("counter");
     let code = generation(0, calls, &[], foreign_too);

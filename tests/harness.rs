@@ -12,6 +12,7 @@ use common::{
     status_of, strace_mark, thread_count,
 };
 use std::os::fd::AsRawFd;
+use std::path::PathBuf;
 use std::sync::Mutex;
 use std::sync::atomic::{AtomicU32, AtomicUsize, Ordering};
 use std::thread;
@@ -30,6 +31,35 @@ fn forked(f: impl FnOnce() -> i32) -> libc::pid_t {
         raw::exit_now(f());
     }
     pid
+}
+
+/// A file's path, given by the environment to the process of an isolated test: what that says there, others find.
+const NOTE: &str = "HARNESS_NOTE";
+
+fn note_at(name: &str) -> (PathBuf, Vec<(String, String)>) {
+    let path = std::env::temp_dir().join(format!("carefork-harness-{name}-{}", std::process::id()));
+    let env = vec![(NOTE.to_owned(), path.display().to_string())];
+    (path, env)
+}
+
+/// In the isolated test. All of it is there, or nothing.
+fn leave_note(text: &str) {
+    let path = PathBuf::from(std::env::var_os(NOTE).expect("given above"));
+    let aside = path.with_extension("half");
+    std::fs::write(&aside, text).expect("a temporary file");
+    std::fs::rename(aside, path).expect("a temporary file");
+}
+
+/// Waits until a process, or a thread of this one, sleeps in that system call; the bound is the watchdog's.
+fn until_in(task: &str, call: libc::c_long) {
+    let (path, call) = (format!("/proc/{task}/syscall"), format!("{call} "));
+    while !std::fs::read_to_string(&path).is_ok_and(|now| now.starts_with(&call)) {
+        thread::sleep(Duration::from_millis(1));
+    }
+}
+
+fn is_alive(pid: i32) -> bool {
+    fds_of(pid).is_ok_and(|fds| !fds.is_empty())
 }
 
 fn failure_of(outcome: &Outcome) -> String {
@@ -58,8 +88,9 @@ fn isolated_runs_alone_in_a_clean_process() {
 #[test]
 fn a_hang_becomes_a_failure_with_stacks() {
     static LOCK: Mutex<()> = Mutex::new(());
-    let begun = Instant::now();
-    let outcome = run_isolated("a_hang_becomes_a_failure_with_stacks", 1, Setup::default(), || {
+    let (path, env) = note_at("hang");
+    let setup = Setup { env, hangs: Some(path.clone()), ..Setup::default() };
+    let outcome = run_isolated("a_hang_becomes_a_failure_with_stacks", 1, setup, || {
         let _held = LOCK.lock();
         // Hangs on the lock, in a child in a session of its own, while the parent waits without a bound.
         let pid = forked(|| {
@@ -68,12 +99,19 @@ fn a_hang_becomes_a_failure_with_stacks() {
             drop(LOCK.lock());
             0
         });
+        // SAFETY: takes nothing.
+        let here = unsafe { libc::gettid() };
+        thread::spawn(move || {
+            until_in(&pid.to_string(), libc::SYS_futex);
+            until_in(&format!("self/task/{here}"), libc::SYS_wait4);
+            leave_note("both");
+        });
         // SAFETY: no status is asked for.
         unsafe { libc::waitpid(pid, std::ptr::null_mut(), 0) };
     });
-    assert!(begun.elapsed() < Duration::from_secs(15));
+    std::fs::remove_file(path).expect("left by the test");
     let text = failure_of(&outcome);
-    assert!(text.contains("hung"), "{text}");
+    assert!(text.contains("hung") && text.contains("(not ended after 1 s)"), "{text}");
     // The name of the thread, cut to 15 by the kernel; who waits for what.
     assert!(text.contains("a_hang_becomes_"), "{text}");
     assert!(text.contains("futex"), "{text}");
@@ -84,26 +122,28 @@ fn a_hang_becomes_a_failure_with_stacks() {
 
 #[test]
 fn nobody_is_left_when_a_hung_test_was_killed() {
-    let path = std::env::temp_dir().join(format!("carefork-harness-left-{}", std::process::id()));
-    let env = vec![("PID_FILE".to_owned(), path.display().to_string())];
-    let outcome =
-        run_isolated("nobody_is_left_when_a_hung_test_was_killed", 1, Setup { env, ..Setup::default() }, || {
-            let child = forked(|| {
-                loop {
-                    thread::park();
-                }
-            });
-            let path = std::env::var("PID_FILE").expect("given above");
-            std::fs::write(path, child.to_string()).expect("a temporary file");
+    let (path, env) = note_at("left");
+    let setup = Setup { env, hangs: Some(path.clone()), ..Setup::default() };
+    let outcome = run_isolated("nobody_is_left_when_a_hung_test_was_killed", 1, setup, || {
+        let child = forked(|| {
             loop {
                 thread::park();
             }
         });
+        leave_note(&child.to_string());
+        loop {
+            thread::park();
+        }
+    });
     let child: i32 = std::fs::read_to_string(&path).expect("written by the test").parse().expect("a pid");
     std::fs::remove_file(path).expect("it was there");
     assert!(matches!(outcome.verdict, Verdict::Hung { .. }));
-    // Its new parent, init, may not have reaped it yet.
-    assert!(fds_of(child).map_or(true, |fds| fds.is_empty()), "{child} lives on");
+    // It was killed, and dies when it comes to its turn. Its new parent, init, may not have reaped it yet.
+    let deadline = Instant::now() + raw::patience(SOON);
+    while is_alive(child) {
+        assert!(Instant::now() < deadline, "{child} lives on");
+        thread::sleep(Duration::from_millis(5));
+    }
 }
 
 #[test]
@@ -162,8 +202,7 @@ fn a_process_left_behind_is_a_failure() {
 
 #[test]
 fn the_watched_die_with_the_watcher() {
-    let path = std::env::temp_dir().join(format!("carefork-harness-watched-{}", std::process::id()));
-    let env = vec![("PID_FILE".to_owned(), path.display().to_string())];
+    let (path, env) = note_at("watched");
     // The isolated test plays the watcher: it starts this binary for one isolated test that waits, and kills that.
     let watcher = std::env::var_os("WATCHER").is_some();
     let name = "the_watched_die_with_the_watcher";
@@ -174,8 +213,7 @@ fn the_watched_die_with_the_watcher() {
                     thread::park();
                 }
             });
-            let pids = format!("{} {child} ", raw::getpid());
-            std::fs::write(std::env::var("PID_FILE").expect("given below"), pids).expect("a temporary file");
+            leave_note(&format!("{} {child}", raw::getpid()));
             loop {
                 thread::park();
             }
@@ -189,24 +227,22 @@ fn the_watched_die_with_the_watcher() {
         .stdout(std::process::Stdio::null())
         .spawn()
         .expect("this binary starts");
-    let deadline = Instant::now() + SOON;
-    let mut pids = Vec::new();
-    while pids.len() < 2 && Instant::now() < deadline {
+    let deadline = Instant::now() + raw::patience(SOON);
+    // The shell that stands guard, a third descendant, is started right after the test.
+    let own = watcher.id() as i32;
+    while !path.exists() || common::trace::tree(own).len() < 4 {
+        assert!(Instant::now() < deadline, "no shell stands guard");
         thread::sleep(Duration::from_millis(5));
-        let text = std::fs::read_to_string(&path).unwrap_or_default();
-        pids = text.split_terminator(' ').filter_map(|s| s.parse::<i32>().ok()).collect();
     }
-    // The shell that stands guard is started right after the test.
-    thread::sleep(Duration::from_millis(100));
     watcher.kill().expect("it is ours");
     watcher.wait().expect("it is ours");
+    let text = std::fs::read_to_string(&path).expect("it is there");
     std::fs::remove_file(&path).expect("it was there");
-    assert_eq!(pids.len(), 2);
-    let alive = |&pid: &i32| fds_of(pid).is_ok_and(|fds| !fds.is_empty());
-    while pids.iter().any(alive) && Instant::now() < deadline {
+    let pids: Vec<i32> = text.split(' ').map(|s| s.parse().expect("a pid")).collect();
+    while pids.iter().any(|&pid| is_alive(pid)) {
+        assert!(Instant::now() < deadline, "{pids:?}");
         thread::sleep(Duration::from_millis(5));
     }
-    assert!(!pids.iter().any(alive), "{pids:?}");
 }
 
 #[test]
@@ -230,7 +266,8 @@ fn verdicts_of_children() {
                 thread::park();
             }
         });
-        let Verdict::Hung { trace } = reap(hung, Duration::from_millis(200)) else { panic!("it cannot end") };
+        until_in(&hung.to_string(), libc::SYS_futex);
+        let Verdict::Hung { trace } = reap(hung, Duration::from_millis(20)) else { panic!("it cannot end") };
         assert!(trace.contains("futex"), "{trace}");
         assert!(trace.contains(&format!("process {hung}")), "{trace}");
     });

@@ -10,7 +10,9 @@ use carefork::{
     ForkError, LazyLock, Mutex, OnceLock, RwLock, lineage, no_forking, set_foreign_budget, stats, try_no_forking,
 };
 use common::{Verdict, check, foreign_handlers, isolated, raw, reap};
-use drive::{BOTH, Kind, MS, SOON, Stop, a_while, coordinated, foreign, freeze, inside, run_clock, until, until_shut};
+use drive::{
+    BOTH, Kind, MS, SOON, Stop, a_while, coordinated, foreign, freeze, inside, run_clock, run_slowly, until, until_shut,
+};
 use std::cell::UnsafeCell;
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::atomic::{AtomicBool, AtomicU32, Ordering::SeqCst};
@@ -222,7 +224,7 @@ fn who_is_waited_for_inside_a_region_cannot_fork() {
 fn only_a_deadlock_is_called_one() {
     isolated("only_a_deadlock_is_called_one", 60, || {
         let (mine, theirs, stop) = (Mutex::new(0), Mutex::new(0), AtomicBool::new(false));
-        let _clock = run_clock(MS);
+        let _clock = run_slowly();
         thread::scope(|s| {
             let _end = Stop(&stop);
             s.spawn(|| {
@@ -303,9 +305,9 @@ fn forks_with_locks_meet_in_a_handlers_lock() {
             s.spawn(move || ends_well(drive::fork_with(&never, || 0).expect("after the other")));
             until_shut();
             go.store(true, SeqCst);
-            // Slowly: 0.4 s in all are less than half of any budget.
-            for _ in 0..400 {
-                carefork::testing::advance(MS);
+            // Slowly: 0.4 s in all are less than half of any budget, and 20 000 steps.
+            for _ in 0..20_000 {
+                carefork::testing::advance(MS / 50);
                 thread::sleep(MS / 5);
                 if stats().forks == 2 {
                     break;
@@ -316,7 +318,7 @@ fn forks_with_locks_meet_in_a_handlers_lock() {
         assert!(stats().thrown_away >= 1);
         // Then many of them.
         set_foreign_budget(Some(50 * MS));
-        let _clock = run_clock(MS);
+        let _clock = run_clock(MS / 5);
         let failed = AtomicU32::new(0);
         thread::scope(|s| {
             for n in 0..2 {

@@ -9,7 +9,7 @@ mod drive;
 
 use carefork::{Fork, ForkError, ForkOptions, Hook, Registration, no_forking, register};
 use common::{Refuse, Setup, Verdict, check, fork_many, isolated, isolated_with, raw, reap};
-use drive::{BOTH, Kind, SOON, Stop, a_while, coordinated, foreign, freeze, run_clock, until};
+use drive::{BOTH, Kind, SOON, Stop, a_while, coordinated, foreign, freeze, run_clock, run_slowly, until};
 use std::cell::UnsafeCell;
 use std::fs::File;
 use std::io::{Read as _, Seek as _};
@@ -577,6 +577,7 @@ fn dropping_asks(kind: Kind) {
 #[test]
 fn hooks_come_and_go_while_others_fork() {
     isolated("hooks_come_and_go_while_others_fork", 120, || {
+        let _clock = run_slowly();
         let stop = AtomicBool::new(false);
         let wrong = Arc::new(AtomicU32::new(0));
         thread::scope(|s| {
@@ -801,7 +802,7 @@ fn a_fork_between_a_lock_and_a_region_steps_back() {
             Hook::new("blocks").prepare(|| BLOCKS.lock()).parent(|| BLOCKS.unlock()).child(|| BLOCKS.unlock()),
         );
         for kind in BOTH {
-            let _clock = run_clock(Duration::from_micros(100));
+            let _clock = run_slowly();
             let inside = AtomicBool::new(false);
             thread::scope(|s| {
                 BLOCKS.lock();
@@ -832,7 +833,11 @@ fn a_lock_that_is_never_free_ends_at_the_budget() {
         let lock = Arc::new(Mutex::new(()));
         let _log = register(log.hook("A"));
         let hook = register(Hook::std_mutex("never free", Arc::clone(&lock)).rank(1));
-        let clock = run_clock(Duration::from_millis(10));
+        let prepared = |n| {
+            let all = log.of(false);
+            all.split(' ').filter(|w| *w == "pA").count() >= n
+        };
+        freeze();
         thread::scope(|s| {
             let _hold = lock.lock().expect("not poisoned");
             let forker = s.spawn(|| match coordinated(|| 0) {
@@ -841,6 +846,9 @@ fn a_lock_that_is_never_free_ends_at_the_budget() {
                 }
                 other => panic!("{other:?}"),
             });
+            // The second time it waits for the lock with the gate open.
+            until(|| prepared(2));
+            let _clock = run_clock(Duration::from_millis(10));
             forker.join().expect("it is busy");
         });
         let all = log.of(false);
@@ -853,12 +861,13 @@ fn a_lock_that_is_never_free_ends_at_the_budget() {
             thread::scope(|s| {
                 let _hold = lock.lock().expect("not poisoned");
                 let forker = s.spawn(|| ends_well(foreign(|| i32::from(!carefork::lineage().dirty))));
+                until(|| prepared(2));
+                let _clock = run_clock(Duration::from_millis(10));
                 forker.join().expect("the child is well");
             });
         });
         assert!(said.contains("hook never free"), "{said:?}");
         assert_eq!(log.of(true), "");
-        drop(clock);
         drop(hook);
         all_is_well();
     });

@@ -11,11 +11,12 @@ use carefork::{CareFd, ConvertError, Mismatch};
 use common::{Verdict, check, isolated, self_fds};
 use kit::{SOON, foreign};
 use nix::fcntl::{FcntlArg, FdFlag, fcntl};
-use nix::sys::socket::{AddressFamily, Backlog, SockFlag, SockType, UnixAddr, bind, listen, socket};
+use nix::sys::socket::{AddressFamily, Backlog, SockFlag, SockType, SockaddrIn, UnixAddr};
+use nix::sys::socket::{bind, getsockname, listen, setsockopt, socket, sockopt};
 use peers::{Dir, Program};
 use std::fs::File;
 use std::io::{self, Read, Write};
-use std::net::{Shutdown, TcpListener, TcpStream, UdpSocket};
+use std::net::{Shutdown, SocketAddrV4, TcpListener, TcpStream, UdpSocket};
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd, FromRawFd, OwnedFd, RawFd};
 use std::os::unix::net::{UnixDatagram, UnixListener, UnixStream};
 use std::process::Command;
@@ -374,8 +375,11 @@ fn systemd_socket_activate_hands_over() {
     isolated("systemd_socket_activate_hands_over", 60, || {
         let dir = Dir::new("activate");
         let path = dir.file("socket");
-        // A free port: the activator binds it again.
-        let port = TcpListener::bind("127.0.0.1:0").expect("a port").local_addr().expect("its address");
+        // A port for the activator to bind again, which it may as this socket does not listen; and nobody else gets it meanwhile.
+        let reserved = socket(AddressFamily::Inet, SockType::Stream, SockFlag::SOCK_CLOEXEC, None).expect("a socket");
+        setsockopt(&reserved, sockopt::ReuseAddr, &true).expect("SO_REUSEADDR");
+        bind(reserved.as_raw_fd(), &SockaddrIn::new(127, 0, 0, 1, 0)).expect("a port");
+        let port: SocketAddrV4 = getsockname::<SockaddrIn>(reserved.as_raw_fd()).expect("its address").into();
         let exe = std::env::current_exe().expect("this binary");
         let mut activator = Program::new("systemd-socket-activate")
             .args(["-l", path.to_str().expect("text"), "-l", &port.to_string(), "--fdname=local:net"])

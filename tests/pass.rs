@@ -380,8 +380,8 @@ impl Drop for Stop<'_> {
 #[test]
 fn no_fork_sees_a_descriptor_between_its_arrival_and_its_registration() {
     isolated("no_fork_sees_a_descriptor_between_its_arrival_and_its_registration", 120, || {
-        // Nothing is promised for the child of a dirty fork, and a busy machine may keep a thread from leaving its region.
-        carefork::set_foreign_budget(None);
+        // Nothing is promised for the child of a dirty fork, and a busy machine may keep a thread from its processor for long.
+        kit::freeze();
         let (here, there) = packets();
         // Both ends of a pipe are one inode; this one is alone.
         let mark = io::pipe().expect("a pipe").0;

@@ -8,7 +8,7 @@ mod kit;
 
 use carefork::PerProcess;
 use common::{Verdict, check, isolated, raw, reap};
-use drive::{BOTH, Kind, SOON};
+use drive::{BOTH, Kind, SOON, freeze};
 use kit::{Stop, shared};
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::Barrier;
@@ -155,6 +155,7 @@ fn a_foreign_fork_while_making() {
 #[test]
 fn forks_while_it_is_made() {
     isolated("forks_while_it_is_made", 120, || {
+        freeze();
         let turn = AtomicU64::new(0);
         let stop = Stop::default();
         let cells: Vec<_> = (0..1000_u64).map(|i| PerProcess::new(move || vec![i; 500])).collect();

@@ -7,7 +7,7 @@ mod drive;
 
 use carefork::{CareFd, ForkError, Hook, Mutex, OnFork, lineage, no_forking, register, stats};
 use common::{ForkGuardAlloc, Setup, Verdict, between, count_syscalls, foreign_handlers, isolated, reap, strace_mark};
-use drive::{BOTH, Kind, MS, SOON, coordinated, foreign, inside, run_clock, until, until_shut};
+use drive::{BOTH, Kind, MS, SOON, coordinated, foreign, freeze, inside, run_clock, until, until_shut};
 use std::fs::File;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU32, Ordering::SeqCst};
@@ -90,6 +90,7 @@ fn with_hooks_locks_and_care_fds() {
         }
         assert_eq!(RAN.load(SeqCst), 4);
         // Newcomers are linked, and those that left unlinked, by the fork; freed outside.
+        freeze();
         for kind in BOTH {
             let stop = AtomicBool::new(false);
             thread::scope(|s| {
@@ -118,8 +119,8 @@ fn forks_that_wait_fail_or_go_dirty() {
         assert!(matches!(coordinated(|| 1), Err(ForkError::Busy { .. })));
         ends_well(foreign(|| i32::from(!lineage().dirty)));
         drop(busy);
+        // Time stands still: nobody's budget ends.
         drop(clock);
-        carefork::testing::release();
         // With a lock that is not to be had: once round the other way.
         let lock = Arc::new(std::sync::Mutex::new(0));
         let hook = register(Hook::std_mutex("lock", Arc::clone(&lock)));

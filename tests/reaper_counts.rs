@@ -42,8 +42,9 @@ static ALLOC: Counting = Counting;
 fn asleep(n: usize) -> Vec<Child> {
     let one = |_| {
         forked(&ForkOptions::new(), |_| {
-            thread::sleep(Duration::from_secs(600));
-            1
+            loop {
+                thread::sleep(Duration::from_secs(3600));
+            }
         })
     };
     (0..n).map(one).collect()

@@ -20,7 +20,7 @@ mod rayon_pool;
 mod worker_pool;
 
 use common::{Verdict, check, fork_many, isolated, reap};
-use drive::{BOTH, SOON, Stop};
+use drive::{BOTH, SOON, Stop, freeze};
 use kit::shared;
 use rand::RngExt as _;
 use std::collections::HashSet;
@@ -38,6 +38,7 @@ fn slowly(n: u32) -> Vec<u32> {
 
 /// At each fork three threads initialise the lock of that fork.
 fn initialised_at_each_fork<L: Sync>(locks: &[L], value: impl Fn(&L) -> &Vec<u32> + Sync) {
+    freeze();
     let turn = AtomicU32::new(0);
     let stop = AtomicBool::new(false);
     thread::scope(|s| {
@@ -90,6 +91,7 @@ fn once_by_std_inside_a_region() {
 
 /// `FORKS` forks while four threads do what the child does.
 fn hammered(work: impl Fn() -> bool + Sync) {
+    freeze();
     let stop = AtomicBool::new(false);
     thread::scope(|s| {
         for _ in 0..4 {

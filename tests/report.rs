@@ -217,8 +217,9 @@ fn the_report_reads_well() {
             Fork::Parent(mut child) => assert_eq!(code(&mut child), 0),
         }
         let asleep = kit::forked(&ForkOptions::new().name("a child").pidfd(false), |_| {
-            thread::sleep(Duration::from_secs(60));
-            0
+            loop {
+                thread::sleep(Duration::from_secs(3600));
+            }
         });
         let call = format!("/proc/{}/stat", asleep.id());
         while !std::fs::read_to_string(&call).is_ok_and(|s| s.contains("(a child) S")) {

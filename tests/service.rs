@@ -11,7 +11,7 @@ mod kit;
 use adder::{Counted, Message, add, adder, builder, handle, keep_busy, passed};
 use carefork::{OnChild, Reply, Service, ServiceError};
 use common::{Verdict, check, isolated, raw, reap, seccomp_refuse, thread_count};
-use drive::{BOTH, Kind, SOON, until, until_shut};
+use drive::{BOTH, Kind, SOON, freeze, until, until_shut};
 use kit::{captured, shared};
 use std::sync::atomic::Ordering::SeqCst;
 use std::sync::mpsc;
@@ -209,6 +209,7 @@ fn a_fork_waits_for_one_message_and_names_it() {
             other => panic!("{other:?}"),
         }
         service.send(Message::Add(2)).expect("sent");
+        freeze();
         let forker = thread::spawn(|| passed(Kind::Foreign.fork(|| 0)));
         until_shut();
         drop(go);
@@ -422,6 +423,7 @@ fn many_threads_of_a_child_start_it_once() {
 #[test]
 fn no_child_is_handed_what_a_panic_left() {
     isolated("no_child_is_handed_what_a_panic_left", 120, || {
+        freeze();
         for i in 0..300 {
             let service = adder(OnChild::HandOver(|sum| *sum));
             let go = keep_busy(&service);

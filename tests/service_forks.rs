@@ -8,7 +8,7 @@ mod kit;
 
 use carefork::{OnChild, Reply, Service};
 use common::{check, fork_many, isolated, thread_count};
-use drive::{BOTH, SOON};
+use drive::{BOTH, SOON, freeze, run_slowly};
 use kit::Stop;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering::SeqCst};
 use std::thread;
@@ -47,6 +47,7 @@ fn handle(book: &mut Book, message: Message) {
 
 /// Eight threads send without pause, most of the time parked at a full channel, and others wait for answers.
 fn storm(on_child: OnChild<Book>, in_child: impl Fn(&Book)) {
+    freeze();
     let service = Service::builder("book", Book::default).on_child(on_child).capacity(64);
     let service = service.start(handle).expect("a thread");
     let stop = Stop::default();
@@ -137,6 +138,8 @@ fn at_rest() {
 #[test]
 fn services_come_and_go() {
     isolated("services_come_and_go", 300, || {
+        // A thread is started inside a region, and may have to wait for one in its turn.
+        let _clock = run_slowly();
         let stop = AtomicBool::new(false);
         let lasting = Service::builder("lasting", || 0).start(|n, more: u32| *n += more).expect("a thread");
         thread::scope(|s| {

@@ -10,7 +10,7 @@ mod kit;
 use adder::{Counted, Message, add, adder, builder, handle, keep_busy, passed};
 use carefork::{OnChild, Reply, Service, ServiceError};
 use common::{check, isolated, thread_count};
-use drive::{BOTH, Kind, freeze, inside, no_child_left, until, until_shut};
+use drive::{BOTH, Kind, freeze, inside, no_child_left, run_slowly, until, until_shut};
 use kit::shared;
 use std::cell::Cell;
 use std::sync::atomic::{AtomicU64, Ordering::SeqCst};
@@ -212,6 +212,7 @@ fn dropped_in_its_own_handler() {
 #[test]
 fn dropped_inside_a_region() {
     isolated("dropped_inside_a_region", 60, || {
+        let _clock = run_slowly();
         for on_child in [OnChild::Restart, OnChild::HandOver(|sum| *sum)] {
             let service = builder(on_child).eager().start(handle).expect("a thread");
             let region = carefork::no_forking();

@@ -230,10 +230,10 @@ fn linger(_: carefork::InChild) -> i32 {
     0
 }
 
-/// Forks `n` times; how many children ended with 0, and by a signal of the storm.
-fn forks(n: u32, options: &ForkOptions<'_>) -> (u32, u32) {
+/// Forks `n` times, and on until `seen`; how many children ended with 0, and by a signal of the storm.
+fn forks(n: u32, options: &ForkOptions<'_>, seen: impl Fn(u32) -> bool) -> (u32, u32) {
     let (mut well, mut hit) = (0, 0);
-    for _ in 0..n {
+    while well + hit < n || !seen(hit) {
         match code(&mut forked(options, linger)) {
             0 => well += 1,
             s if storm_signals().contains(&-s) => hit += 1,
@@ -249,13 +249,12 @@ fn no_handler_of_the_parent_runs_in_a_reset_child() {
         let reset = ForkOptions::new().signals(Signals::Reset);
         let ran = in_a_storm(|| {
             // Default for these is death, and the mask is empty: some children are killed, as they ought to be.
-            let (well, hit) = forks(1000, &reset);
-            assert_eq!(well + hit, 1000);
-            assert!(hit > 0, "the storm missed all children");
-            assert_eq!(forks(1000, &reset.clone().mask(&storm_signals())), (1000, 0));
+            // On a busy machine the storm may come late.
+            forks(1000, &reset, |hit| hit > 0 && IN_PARENT.load(SeqCst) > 1000);
+            let (well, hit) = forks(1000, &reset.clone().mask(&storm_signals()), |_| true);
+            assert_eq!((well, hit), (1000, 0));
         });
         assert_eq!(ran, 0, "handlers of the parent ran in children");
-        assert!(IN_PARENT.load(SeqCst) > 1000, "the parent missed signals");
         kit::assert_no_child();
     });
 }
@@ -265,8 +264,7 @@ fn no_listed_handler_of_the_parent_runs_in_a_child() {
     isolated("no_listed_handler_of_the_parent_runs_in_a_child", 60, || {
         let options = ForkOptions::new().signals(Signals::List(storm_signals()));
         let ran = in_a_storm(|| {
-            let (well, hit) = forks(300, &options);
-            assert_eq!(well + hit, 300);
+            forks(300, &options, |hit| hit > 0);
         });
         assert_eq!(ran, 0);
     });
@@ -276,7 +274,8 @@ fn no_listed_handler_of_the_parent_runs_in_a_child() {
 #[test]
 fn the_storm_shows_a_handler_that_runs() {
     isolated("the_storm_shows_a_handler_that_runs", 60, || {
-        assert!(in_a_storm(|| assert_eq!(forks(200, &ForkOptions::new()), (200, 0))) > 0);
+        let ran = || IN_CHILDREN.get().is_some_and(|n| n.load(SeqCst) > 0);
+        assert!(in_a_storm(|| assert_eq!(forks(200, &ForkOptions::new(), |_| ran()).1, 0)) > 0);
     });
 }
 

@@ -7,11 +7,11 @@ mod common;
 mod drive;
 
 use carefork::testing::advance;
-use carefork::{Hook, register, stats};
+use carefork::{ForkOptions, Hook, register, stats};
 use common::{Verdict, check, isolated, reap};
-use drive::{BOTH, MS, SOON, freeze, inside, until_shut};
+use drive::{BOTH, MS, SOON, freeze, gettid, inside, run_clock, until_it_looked, until_shut};
 use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, Ordering::SeqCst};
+use std::sync::atomic::{AtomicBool, AtomicI32, Ordering::SeqCst};
 use std::thread;
 use std::time::Duration;
 
@@ -45,9 +45,15 @@ fn a_region_in_the_way_is_timed() {
         freeze();
         for (i, kind) in BOTH.into_iter().enumerate() {
             let region = inside("slow");
+            let tid = AtomicI32::new(0);
             thread::scope(|s| {
-                let forker = s.spawn(|| ends_well(kind.fork(|| 0)));
+                let forker = s.spawn(|| {
+                    tid.store(gettid(), SeqCst);
+                    ends_well(kind.fork(|| 0));
+                });
                 until_shut();
+                // It has noted since when it waits.
+                until_it_looked(tid.load(SeqCst));
                 advance(MS / 2);
                 region.leave();
                 forker.join().expect("the child is well");
@@ -66,15 +72,20 @@ fn a_region_that_outlasts_bounds_is_one_wait() {
     isolated("a_region_that_outlasts_bounds_is_one_wait", 30, || {
         freeze();
         let region = inside("slow");
+        let (tid, never) = (AtomicI32::new(0), ForkOptions::new().timeout_never());
         thread::scope(|s| {
-            let forker = s.spawn(|| ends_well(drive::coordinated(|| 0).expect("within its budget")));
+            let forker = s.spawn(|| {
+                tid.store(gettid(), SeqCst);
+                ends_well(drive::fork_with(&never, || 0).expect("a child"));
+            });
             until_shut();
             for _ in 0..20 {
+                until_it_looked(tid.load(SeqCst));
                 advance(MS);
-                thread::sleep(MS);
             }
             region.leave();
-            advance(100 * MS);
+            // It may be in the middle of a rest.
+            let _clock = run_clock(MS);
             forker.join().expect("the child is well");
         });
         let regions = stats().regions;

@@ -10,7 +10,7 @@ mod streams;
 use carefork::stdio::{self, Stream};
 use carefork::{ForkError, ForkOptions, no_forking};
 use common::{ForkGuardAlloc, Setup, Tally, Verdict, check, fork_many, isolated, isolated_with, reap};
-use drive::{BOTH, Kind, MS, SOON, Stop, freeze, run_clock, until};
+use drive::{BOTH, Kind, MS, SOON, Stop, freeze, run_clock, run_slowly, until};
 use std::io::Write as _;
 use std::panic::catch_unwind;
 use std::sync::atomic::{AtomicBool, AtomicI32, AtomicU32, AtomicU64, Ordering::SeqCst};
@@ -46,6 +46,8 @@ fn fork_without_end(kind: Kind, child: impl FnOnce() -> i32) -> i32 {
 fn storm(child: impl Fn(u32) -> i32, work: impl Fn(usize, u64) + Sync) -> [u64; THREADS] {
     let stop = AtomicBool::new(false);
     let done = [const { AtomicU64::new(0) }; THREADS];
+    // A thread that panics waits inside a region for a stream that the fork may hold: time must pass.
+    let _clock = run_slowly();
     let mut tally = Tally::default();
     thread::scope(|s| {
         let _stop = Stop(&stop);

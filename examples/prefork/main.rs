@@ -27,7 +27,7 @@ use std::os::fd::AsFd;
 use std::time::Duration;
 
 /// How long a worker may drain.
-const GRACE: Duration = Duration::from_secs(10);
+const GRACE: Duration = Duration::from_secs(60);
 /// So many workers in a row that end within a second: the program is broken, not unlucky.
 const TOO_MANY: u32 = 20;
 

@@ -46,7 +46,12 @@ pub fn reap(pid: libc::pid_t, bound: Duration) -> Verdict {
 
 /// As [`reap`], but None if it has not ended within the bound, and nothing is done about it.
 pub fn wait_bounded(pid: libc::pid_t, bound: Duration) -> Option<Verdict> {
-    let deadline = Instant::now() + raw::patience(bound);
+    wait_unstretched(pid, raw::patience(bound))
+}
+
+/// As [`wait_bounded`], for a bound that is known to pass.
+pub fn wait_unstretched(pid: libc::pid_t, bound: Duration) -> Option<Verdict> {
+    let deadline = Instant::now() + bound;
     let pidfd = raw::pidfd_open(pid);
     wait_until(pid, pidfd.as_ref(), deadline)
 }

@@ -14,7 +14,7 @@ use std::io::{Read as _, Seek as _};
 use std::os::fd::{AsRawFd, RawFd};
 use std::os::unix::ffi::OsStringExt as _;
 use std::panic::{AssertUnwindSafe, catch_unwind};
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
 use std::sync::atomic::{AtomicU32, Ordering};
 use std::time::Duration;
@@ -26,6 +26,8 @@ const BEGUN: &str = "carefork-isolated: begun";
 const DONE: &str = "carefork-isolated: done";
 const ESCAPED: &str = "carefork-isolated: a forked child came back out of the test";
 const OUTPUT_BYTES: usize = 64 * 1024;
+/// How often those that a test has left behind are looked for before it fails.
+const GRACE: u32 = 200;
 
 #[cfg(target_env = "gnu")]
 type Resource = libc::__rlimit_resource_t;
@@ -45,6 +47,8 @@ pub struct Setup {
     pub uid: Option<u32>,
     /// Where strace writes; [`strace::count_syscalls`] sets it.
     pub strace: Option<PathBuf>,
+    /// The bound begins when this file is there: for a test that is made to hang, and says when it does.
+    pub hangs: Option<PathBuf>,
 }
 
 /// What became of the process of an isolated test.
@@ -141,12 +145,21 @@ fn outside(test_name: &str, seconds: u32, setup: Setup) -> Outcome {
     let tag = format!("{TAG}={tag}");
 
     let bound = Duration::from_secs(seconds.into());
-    let ended = child::wait_bounded(pid, bound);
+    let ended = match &setup.hangs {
+        Some(file) => until_it_hangs(pid, file).or_else(|| child::wait_unstretched(pid, bound)),
+        None => child::wait_bounded(pid, bound),
+    };
     let mut rest = trace::tagged(&tag);
-    if ended.is_some() && !rest.is_empty() {
-        // A child that was killed, or is on its way out, gets a moment to be gone.
-        std::thread::sleep(Duration::from_millis(100));
-        rest = trace::tagged(&tag);
+    if ended.is_some() {
+        // A child that was killed, or is on its way out, gets its time to be gone: in looks, each of which takes longer where it
+        // has to wait for a processor, too.
+        for _ in 0..GRACE {
+            if rest.is_empty() {
+                break;
+            }
+            std::thread::sleep(Duration::from_millis(10));
+            rest = trace::tagged(&tag);
+        }
     }
     let (verdict, left_behind) = match ended {
         Some(verdict) => (verdict, (!rest.is_empty()).then(|| trace::report(&rest))),
@@ -154,6 +167,7 @@ fn outside(test_name: &str, seconds: u32, setup: Setup) -> Outcome {
             let mut family = trace::tree(pid);
             rest.retain(|pid| !family.contains(pid));
             family.append(&mut rest);
+            let seconds = if setup.hangs.is_some() { bound } else { raw::patience(bound) }.as_secs();
             let trace = format!("(not ended after {seconds} s)\n{}", trace::report(&family));
             trace::kill(&family);
             child::wait_bounded(pid, Duration::from_secs(5));
@@ -170,6 +184,16 @@ fn outside(test_name: &str, seconds: u32, setup: Setup) -> Outcome {
     let begun = if skip > 0 { format!("{BEGUN}\n(the first {skip} bytes are left out)\n") } else { String::new() };
     let output = begun + &String::from_utf8_lossy(&bytes[skip..]);
     Outcome { name: test_name.to_owned(), verdict, output, left_behind }
+}
+
+/// Waits until the file is there. What became of the process, if it has ended without.
+fn until_it_hangs(pid: libc::pid_t, file: &Path) -> Option<Verdict> {
+    while !file.exists() {
+        if let Some(verdict) = child::wait_unstretched(pid, Duration::from_millis(10)) {
+            return Some(verdict);
+        }
+    }
+    None
 }
 
 /// A shell that kills the test's process group when this process is gone: the death signal reaches only the test's

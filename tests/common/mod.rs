@@ -14,8 +14,11 @@
 //! | `guard_alloc` | an allocator that ends the process when it is used where it must not be |
 //! | `rng` | random numbers that can be had again |
 //!
-//! Environment: `CAREFORK_SEED` repeats a random run, `CAREFORK_PATIENCE` (a whole number, 1 unless given) multiplies
-//! every bound on a slow machine, `CAREFORK_REQUIRE_TOOLS=1` makes a missing strace a failure instead of a skip.
+//! Environment: `CAREFORK_SEED` repeats a random run, `CAREFORK_PATIENCE` (a whole number, 10 unless given) multiplies
+//! every bound, `CAREFORK_REQUIRE_TOOLS=1` makes a missing strace a failure instead of a skip.
+//!
+//! Bounds are for hangs, and machines are slow: no test may fail because it was kept from its processor. What depends on time
+//! has a clock of its own (`drive`), and what has to happen beside something else is waited for.
 
 #![allow(
     // Each test binary uses a part of this.

@@ -131,10 +131,11 @@ pub fn pollfd(fd: RawFd) -> libc::pollfd {
     libc::pollfd { fd, events: libc::POLLIN, revents: 0 }
 }
 
-/// A bound, stretched by `CAREFORK_PATIENCE`.
+/// A bound, stretched by `CAREFORK_PATIENCE`: ten times as long unless told otherwise, since a machine with much else to do can be
+/// that slow. 1 is for those who wait for a hang.
 pub fn patience(bound: Duration) -> Duration {
     static FACTOR: OnceLock<u32> = OnceLock::new();
     let factor =
-        *FACTOR.get_or_init(|| std::env::var("CAREFORK_PATIENCE").ok().and_then(|s| s.parse().ok()).unwrap_or(1));
+        *FACTOR.get_or_init(|| std::env::var("CAREFORK_PATIENCE").ok().and_then(|s| s.parse().ok()).unwrap_or(10));
     bound.saturating_mul(factor.max(1))
 }

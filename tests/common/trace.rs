@@ -8,7 +8,7 @@ use std::os::fd::AsRawFd;
 use std::process::{Command, Stdio};
 use std::time::Duration;
 
-/// How many processes of a tree get a stack from gdb, each of which takes about a second.
+/// How many processes of a tree get a stack from gdb, each of which takes about a second on an idle machine.
 const STACKS: usize = 4;
 const GDB_BOUND: Duration = Duration::from_secs(20);
 const STACK_BYTES: usize = 24 * 1024;
@@ -121,7 +121,7 @@ fn stacks(pid: libc::pid_t) -> String {
     };
     let Ok(mut gdb) = run(&file) else { return "  (no gdb: no stacks)\n".to_owned() };
     if let Some(pidfd) = i32::try_from(gdb.id()).ok().and_then(raw::pidfd_open) {
-        raw::poll_readable(&mut [raw::pollfd(pidfd.as_raw_fd())], GDB_BOUND);
+        raw::poll_readable(&mut [raw::pollfd(pidfd.as_raw_fd())], raw::patience(GDB_BOUND));
     }
     // Ended already, or over its bound: either way it ends here.
     drop(gdb.kill());

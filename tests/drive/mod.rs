@@ -125,15 +125,26 @@ pub struct Clock {
     thread: Option<JoinHandle<()>>,
 }
 
-/// Moves the driven clock on by `step` for about each 0.2 ms of real time.
+/// Moves the driven clock on by `step` whenever the thread, which waits in carefork, has looked at it: however slow it is, it sees all
+/// that there is to see. Not for one that waits elsewhere: it would wait for ever.
+pub fn run_with(tid: i32, step: Duration) -> Clock {
+    clock(step, move |stop| looked(tid, stop))
+}
+
+/// Moves the driven clock on by `step` for about each 0.2 ms of real time: more of it where the machine is busy, as the thread that
+/// does it waits for a processor like any other.
 pub fn run_clock(step: Duration) -> Clock {
+    clock(step, |_| thread::sleep(MS / 5))
+}
+
+fn clock(step: Duration, pause: impl Fn(&AtomicBool) + Send + 'static) -> Clock {
     freeze();
     let stop = Arc::new(AtomicBool::new(false));
     let seen = Arc::clone(&stop);
     let thread = thread::spawn(move || {
         while !seen.load(SeqCst) {
             carefork::testing::advance(step);
-            thread::sleep(MS / 5);
+            pause(&seen);
         }
     });
     Clock { stop, thread: Some(thread) }
@@ -146,6 +157,39 @@ impl Drop for Clock {
             drop(thread.join());
         }
     }
+}
+
+/// Slowly, for tests in which threads wait for each other until a bound passes: it passes soon enough, and a thread that is kept
+/// from its processor does not find the end of a budget when it comes back. A second is 50 000 steps.
+pub fn run_slowly() -> Clock {
+    run_clock(MS / 50)
+}
+
+/// Waits until the thread, which waits in carefork, has looked at the driven clock and gone to sleep again.
+pub fn until_it_looked(tid: i32) {
+    looked(tid, &AtomicBool::new(false));
+}
+
+fn looked(tid: i32, stop: &AtomicBool) {
+    let slept = || {
+        let status = std::fs::read_to_string(format!("/proc/self/task/{tid}/status")).unwrap_or_default();
+        let line = status.lines().find_map(|l| l.strip_prefix("voluntary_ctxt_switches:"));
+        line.map_or(u64::MAX, |n| n.trim().parse().expect("a number"))
+    };
+    // Its first sleep may follow a look from before.
+    let enough = slept().saturating_add(2);
+    until(|| slept() >= enough || stop.load(SeqCst));
+}
+
+/// Waits until all other threads of this process sleep: whatever libc keeps under locks is at rest. For threads that have nothing to do.
+pub fn until_others_sleep() {
+    let own = gettid().to_string();
+    until(|| {
+        let tasks = std::fs::read_dir("/proc/self/task").expect("/proc");
+        let others = tasks.map(|task| task.expect("/proc").path()).filter(|path| !path.ends_with(&own));
+        let stats: Vec<_> = others.filter_map(|path| std::fs::read_to_string(path.join("stat")).ok()).collect();
+        stats.iter().all(|stat| stat.contains(") S "))
+    });
 }
 
 /// A thread that sits in a region until told to leave.

@@ -25,13 +25,14 @@ use std::sync::mpsc;
 use std::thread;
 use std::time::Duration;
 
-pub const SOON: Duration = Duration::from_secs(10);
+/// No child and no thread takes this long, on whatever machine.
+pub const SOON: Duration = Duration::from_secs(100);
 
-/// Forks with `options`; the child ends with what `f` returns.
+/// Forks with `options`, and without a budget, so that no busy machine refuses it; the child ends with what `f` returns.
 #[track_caller]
 pub fn forked(options: &ForkOptions<'_>, f: impl FnOnce(InChild) -> i32) -> Child {
     // SAFETY: each `f` keeps to what a child of a process with threads may do.
-    match unsafe { options.fork() }.expect("a child") {
+    match unsafe { options.clone().timeout_never().fork() }.expect("a child") {
         Fork::Parent(child) => child,
         Fork::Child(token) => raw::exit_now(f(token)),
     }
@@ -46,6 +47,12 @@ pub fn foreign(f: impl FnOnce() -> i32) -> libc::pid_t {
     }
     assert!(pid > 0, "fork: {}", std::io::Error::last_os_error());
     pid
+}
+
+/// Stops the clock: nothing that waits for a bound or a budget comes to an end, so a thread that is kept from its processor makes
+/// no fork dirty and has none made again (G6, G11).
+pub fn freeze() {
+    carefork::testing::advance(Duration::ZERO);
 }
 
 /// How the child ended: its exit code, or minus the signal that killed it.

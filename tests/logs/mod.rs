@@ -12,7 +12,7 @@
 )]
 
 use crate::common::{Tally, fork_many, raw};
-use crate::drive::{BOTH, Kind, SOON, Stop, freeze};
+use crate::drive::{BOTH, Kind, SOON, Stop, freeze, until};
 use carefork::{Fork, ForkOptions};
 use std::collections::BTreeMap;
 use std::fs::{File, OpenOptions};
@@ -163,6 +163,8 @@ pub fn storm_of(forks: u32, record: &(impl Fn(usize, u64) + Sync), fork: impl Fn
             };
             thread::Builder::new().name(format!("t{n}")).spawn_scoped(s, body).expect("a thread");
         }
+        // Each of them is at it when the forks begin.
+        until(|| made.iter().all(|n| n.load(SeqCst) > 0));
         fork_many(forks, 1, SOON, fork)
     });
     tally.expect_clean(forks);

@@ -22,9 +22,11 @@ pub fn sleeper() -> Child {
     forked(&ForkOptions::new(), |_| sleep_on())
 }
 
+/// Until it is killed.
 pub fn sleep_on() -> i32 {
-    thread::sleep(Duration::from_secs(60));
-    1
+    loop {
+        thread::sleep(Duration::from_secs(3600));
+    }
 }
 
 pub fn ends_with(code: i32) -> Child {
