@@ -33,7 +33,11 @@ The table, one row for each half:
   bad lines       printed or logged lines lost, doubled, out of order or torn; parents' and children's
   fork p50, p99   how long the call of fork took in the forking thread: half and 99 % of the calls were faster
 
-Exit status: 0; 1 if carefork's row has anything but zeros between forks and fork p50; 2 for bad flags.
+Where a machine is so busy that a forking thread stands still for a tenth of a second in the middle of libc's fork, a waiting
+thread opens the gate. Such a child knows it, and looks at nothing; how many there were stands below the table.
+
+Exit status: 0; 1 if carefork's row has anything but zeros between forks and fork p50, or if one child in ten was late; 2 for
+bad flags.
 ";
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]

@@ -30,6 +30,8 @@ const NOT_LISTED: i32 = 27;
 const STALE: i32 = 28;
 const CHANNEL: i32 = 29;
 pub(crate) const NOT_CLEANED: i32 = 30;
+/// No crash: forked by foreign code, after a waiting thread had opened the gate.
+pub(crate) const LATE: i32 = 31;
 
 /// What those codes mean.
 pub(crate) fn meaning(code: i32) -> &'static str {

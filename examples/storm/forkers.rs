@@ -30,8 +30,8 @@ const STILL: Duration = Duration::from_millis(20);
 /// A child in which nothing moves for so long is hung.
 const HUNG: Duration = Duration::from_secs(2);
 
-/// More than the usual second: the storm is about what happens, not about a busy machine.
-const BUDGET: Duration = Duration::from_secs(5);
+/// Far more than the usual: the storm is about what happens, not about a busy machine.
+pub(crate) const BUDGET: Duration = Duration::from_secs(60);
 
 /// A child to wait for.
 pub(crate) enum Handle {
@@ -138,6 +138,11 @@ pub(crate) unsafe fn clean_up(life: &Life<'_>, token: Option<InChild>) -> Result
     die_with_parent();
     match (world.half, token) {
         (Half::Plain, _) => world.fds.close_recorded(keep.map(Held::number)),
+        (Half::Carefork, None) if carefork::lineage().dirty => {
+            // The fork was overtaken, and the child was told: nothing is promised to it, so nothing is looked at.
+            // SAFETY: no precondition.
+            unsafe { libc::_exit(child::LATE) }
+        }
         (Half::Carefork, token) => {
             world.fds.survivors(slot);
             match token {
@@ -161,6 +166,7 @@ struct Pending {
     moved: Instant,
     /// How often it was found asleep since.
     asleep: u32,
+    looked: Instant,
 }
 
 /// What one forking thread saw.
@@ -277,8 +283,8 @@ impl Forker {
             Ok(Side::Parent(handle)) => {
                 self.tally.latencies.push(u64::try_from(took.as_nanos()).unwrap_or(u64::MAX));
                 let pipe = keep.is_some().then_some(reader);
-                let pending =
-                    Pending { handle, slot, n: self.tally.forks, pipe, steps: 0, moved: Instant::now(), asleep: 0 };
+                let (n, now) = (self.tally.forks, Instant::now());
+                let pending = Pending { handle, slot, n, pipe, steps: 0, moved: now, asleep: 0, looked: now };
                 self.pending.push(pending);
                 self.tally.forks += 1;
                 world.count.forks.fetch_add(1, Relaxed);
@@ -332,6 +338,10 @@ impl Forker {
                     self.crashed(&p, "it ended well without saying so");
                 }
             }
+            Some(child::LATE) => {
+                count.late.fetch_add(1, Relaxed);
+                self.tally.excused.push(p.n);
+            }
             Some(code) => self.crashed(&p, child::meaning(code)),
             None => self.crashed(&p, &status.to_string()),
         }
@@ -367,12 +377,17 @@ impl Pending {
         if steps != self.steps {
             (self.steps, self.moved, self.asleep) = (steps, Instant::now(), 0);
         }
-        if self.moved.elapsed() < HUNG + LOOK_AGAIN * self.asleep {
+        if self.moved.elapsed() < HUNG {
             return false;
         }
         if world.half == Half::Plain {
             return true;
         }
+        // From one look to the next, not from the first on: this thread may be kept from running, too.
+        if self.asleep > 0 && self.looked.elapsed() < LOOK_AGAIN {
+            return false;
+        }
+        self.looked = Instant::now();
         // On an overloaded machine a child may be kept from running for as long as that: who waits for a lock sleeps.
         let _region = world.fds.region();
         if is_asleep(self.handle.id()).unwrap_or(true) {

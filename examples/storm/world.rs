@@ -16,7 +16,7 @@ use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering::Relaxed};
 use std::time::{Duration, Instant};
 
 /// How long after the end everything must have come to rest.
-const AT_REST: Duration = Duration::from_secs(30);
+const AT_REST: Duration = Duration::from_secs(180);
 
 #[derive(Debug, Default)]
 pub(crate) struct Counts {
@@ -26,6 +26,7 @@ pub(crate) struct Counts {
     pub(crate) crashed: AtomicUsize,
     pub(crate) leaked: AtomicUsize,
     pub(crate) wrong: AtomicUsize,
+    pub(crate) late: AtomicUsize,
 }
 
 pub(crate) struct World {
@@ -76,15 +77,16 @@ impl World {
 
     fn say_progress(&self) {
         let c = &self.count;
-        let [forks, refused, hung, crashed, leaked, wrong] =
-            [&c.forks, &c.refused, &c.hung, &c.crashed, &c.leaked, &c.wrong].map(|n| n.load(Relaxed));
-        self.say(&format!("counts {forks} {refused} {hung} {crashed} {leaked} {wrong}"));
+        let [forks, refused, hung, crashed, leaked, wrong, late] =
+            [&c.forks, &c.refused, &c.hung, &c.crashed, &c.leaked, &c.wrong, &c.late].map(|n| n.load(Relaxed));
+        self.say(&format!("counts {forks} {refused} {hung} {crashed} {leaked} {wrong} {late}"));
     }
 }
 
 /// The whole half; the exit code of its process.
 pub(crate) fn run(args: Args, half: Half) -> io::Result<i32> {
     forkers::die_with_parent();
+    carefork::set_foreign_budget(Some(forkers::BUDGET));
     let report = File::from(io::stdin().as_fd().try_clone_to_owned()?);
     env_logger::Builder::new()
         .filter_level(log::LevelFilter::Info)
