@@ -38,7 +38,7 @@ async fn children() -> Result<(), Box<dyn Error>> {
     // Or one child by itself, with a limit.
     // SAFETY: as above.
     let mut child = unsafe { ForkOptions::new().name("alone").spawn(|| 7) }?;
-    let exit = tokio::time::timeout(Duration::from_secs(10), child.ended()).await??;
+    let exit = tokio::time::timeout(Duration::from_secs(100), child.ended()).await??;
     println!("{exit}");
     assert_eq!(exit.code(), Some(7));
     Ok(())

@@ -14,6 +14,8 @@ use log::LevelFilter;
 use logs::{Scratch, assert_each_once, by_pid, numbers, standard_error_to, storm};
 use std::io;
 use std::sync::Mutex;
+use std::sync::atomic::{AtomicU64, Ordering::SeqCst};
+use std::time::{Duration, Instant};
 use tracing_subscriber::fmt::MakeWriter;
 
 const FORKS: u32 = 2000;
@@ -133,6 +135,26 @@ fn tracing_fmt_to_stdout() {
     });
 }
 
+/// A file, and how many records were written to it in this process.
+struct Counted(std::fs::File);
+
+static WRITTEN: AtomicU64 = AtomicU64::new(0);
+
+impl io::Write for Counted {
+    fn write(&mut self, bytes: &[u8]) -> io::Result<usize> {
+        let n = self.0.write(bytes)?;
+        WRITTEN.fetch_add(bytes[..n].iter().filter(|&&b| b == b'\n').count() as u64, SeqCst);
+        Ok(n)
+    }
+
+    fn flush(&mut self) -> io::Result<()> {
+        self.0.flush()
+    }
+}
+
+/// How long tracing-appender's guard waits for its thread at least, before it leaves it to itself.
+const ITS_PATIENCE: Duration = Duration::from_millis(100);
+
 /// The children write to a file of their own, by a thread of their own, and end it.
 fn appender(lossy: bool, room: usize) {
     let (file, theirs) = (Scratch::new("appender"), Scratch::new("theirs"));
@@ -140,15 +162,27 @@ fn appender(lossy: bool, room: usize) {
     let events = per_process(move || {
         let path = if carefork::fork_generation() == 0 { &path } else { &their_path };
         let to = std::fs::OpenOptions::new().append(true).create(true).open(path).expect("a file");
-        tracing_appender::non_blocking::NonBlockingBuilder::default().lossy(lossy).buffered_lines_limit(room).finish(to)
+        tracing_appender::non_blocking::NonBlockingBuilder::default()
+            .lossy(lossy)
+            .buffered_lines_limit(room)
+            .finish(Counted(to))
     });
     tracing_to(events.clone());
-    let made = storm(FORKS, by_tracing, |i| {
-        by_tracing(CHILD, i.into());
+    // All is written then, but on a machine so busy that the guard has lost its patience: that thread goes on writing.
+    let finish = |all: u64| {
+        let begun = Instant::now();
         events.finish();
+        assert!(WRITTEN.load(SeqCst) == all || begun.elapsed() >= ITS_PATIENCE, "it did not wait for its thread");
+        drive::until(|| WRITTEN.load(SeqCst) == all);
+    };
+    let made = storm(FORKS, by_tracing, |i| {
+        // What the parent had written by then was copied with it.
+        let before = WRITTEN.load(SeqCst);
+        by_tracing(CHILD, i.into());
+        finish(before + 1);
         0
     });
-    events.finish();
+    finish(made.iter().sum());
     assert_each_once(&file.text(), &made, |line| Some(numbers(line, "record").expect("a record")));
     let mut none = vec![0; CHILD];
     none.push(FORKS.into());
@@ -194,7 +228,7 @@ fn tracing_into_careforks_logger() {
 #[test]
 fn each_process_makes_its_own_and_drops_only_that() {
     use std::sync::Arc;
-    use std::sync::atomic::{AtomicU32, Ordering::SeqCst};
+    use std::sync::atomic::AtomicU32;
     isolated("each_process_makes_its_own_and_drops_only_that", 60, || {
         struct Ends(Arc<AtomicU32>);
         impl Drop for Ends {

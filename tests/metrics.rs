@@ -79,7 +79,7 @@ fn the_program() {
         assert!(built.expect("cargo").success());
     }
     let dir = Dir::new("metrics-program");
-    let output = Command::new("timeout").arg("60").arg(program).arg(&dir.0).output().expect("it runs");
+    let output = Command::new("timeout").arg("600").arg(program).arg(&dir.0).output().expect("it runs");
     let said = String::from_utf8_lossy(&output.stdout);
     assert!(output.status.success() && output.stderr.is_empty(), "{output:?}");
     assert_eq!(said.matches("job 500\n").count(), 5, "{said}");
