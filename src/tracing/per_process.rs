@@ -40,7 +40,8 @@ struct Made<W, G> {
 }
 
 impl<W, G> PerProcess<W, G> {
-    /// Drops this process's writer and guard, which with tracing-appender writes what is queued. A later event makes new ones.
+    /// Drops this process's writer and guard, which with tracing-appender writes what is queued (its guard waits for that no longer
+    /// than a second). A later event makes new ones.
     ///
     /// In a child that has made none it does nothing.
     pub fn finish(&self) {
