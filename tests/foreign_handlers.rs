@@ -5,107 +5,25 @@
 
 mod common;
 mod drive;
+mod handlers;
 
 use carefork::{
     CareFd, ForkError, ForkOptions, Hook, fork_generation, lineage, no_forking, postfork_child_noexec, register,
     set_foreign_budget, stats, try_no_forking,
 };
-use common::{Rng, Verdict, check, foreign_handlers, isolated, raw, reap, seccomp_refuse};
+use common::{Rng, Verdict, check, isolated, raw, reap, seccomp_refuse};
 use drive::{
     BOTH, Kind, MS, SOON, Stop, coordinated, foreign, fork_with, freeze, no_child_left, run_clock, until, until_shut,
 };
-use std::cell::UnsafeCell;
+use handlers::{EARLY_LOCK, LATE_LOCK, both_with_locks, early, late, nothing};
 use std::fs::File;
 use std::os::fd::AsRawFd;
-use std::sync::Once;
 use std::sync::atomic::{AtomicBool, AtomicI32, AtomicU32, AtomicUsize, Ordering::SeqCst};
 use std::thread;
 use std::time::Duration;
 
 fn ends_well(pid: i32) {
     assert_eq!(reap(pid, SOON), Verdict::Exited(0));
-}
-
-// What the early handlers (before carefork's: they prepare after it) and the late ones do, as the test wants it.
-
-type Act = fn();
-
-struct Acts([AtomicUsize; 3]);
-
-static EARLY: Acts = Acts([const { AtomicUsize::new(0) }; 3]);
-static LATE: Acts = Acts([const { AtomicUsize::new(0) }; 3]);
-
-impl Acts {
-    fn run(&self, phase: usize) {
-        let act = self.0[phase].load(SeqCst);
-        if act != 0 {
-            // SAFETY: only `set` stores here, and it stores an `Act`.
-            let act: Act = unsafe { std::mem::transmute(act) };
-            act();
-        }
-    }
-
-    fn set(&self, acts: [Act; 3]) {
-        self.0.iter().zip(acts).for_each(|(cell, act)| cell.store(act as usize, SeqCst));
-    }
-}
-
-macro_rules! handlers {
-    ($($name:ident $acts:ident $phase:literal;)*) => { $(extern "C" fn $name() { $acts.run($phase); })* };
-}
-handlers! {
-    early_prepare EARLY 0; early_parent EARLY 1; early_child EARLY 2;
-    late_prepare LATE 0; late_parent LATE 1; late_child LATE 2;
-}
-
-early_foreign_handlers!(early_prepare, early_parent, early_child);
-
-fn early(acts: [Act; 3]) {
-    EARLY.set(acts);
-}
-
-fn late(acts: [Act; 3]) {
-    static ONCE: Once = Once::new();
-    LATE.set(acts);
-    ONCE.call_once(|| foreign_handlers(late_prepare, late_parent, late_child));
-}
-
-fn nothing() {}
-
-/// Another library's lock: libc's, as its handlers take it and let it go on both sides.
-struct CLock(UnsafeCell<libc::pthread_mutex_t>);
-
-// SAFETY: it is a mutex.
-unsafe impl Sync for CLock {}
-
-impl CLock {
-    fn lock(&self) {
-        // SAFETY: initialised statically, never moved.
-        unsafe { libc::pthread_mutex_lock(self.0.get()) };
-    }
-
-    fn unlock(&self) {
-        // SAFETY: locked by this thread, or by the one that this child's is a copy of.
-        unsafe { libc::pthread_mutex_unlock(self.0.get()) };
-    }
-
-    /// False if it is held.
-    fn is_free(&self) -> bool {
-        // SAFETY: as in `lock`.
-        let free = unsafe { libc::pthread_mutex_trylock(self.0.get()) } == 0;
-        if free {
-            self.unlock();
-        }
-        free
-    }
-}
-
-static EARLY_LOCK: CLock = CLock(UnsafeCell::new(libc::PTHREAD_MUTEX_INITIALIZER));
-static LATE_LOCK: CLock = CLock(UnsafeCell::new(libc::PTHREAD_MUTEX_INITIALIZER));
-
-fn both_with_locks() {
-    early([|| EARLY_LOCK.lock(), || EARLY_LOCK.unlock(), || EARLY_LOCK.unlock()]);
-    late([|| LATE_LOCK.lock(), || LATE_LOCK.unlock(), || LATE_LOCK.unlock()]);
 }
 
 // -- order
