@@ -290,13 +290,15 @@ fn restore(passed: &Passed) {
 unsafe fn once(me: &Slot, request: &mut Request) -> (std::io::Result<u32>, Passed) {
     // Turned off, the handlers do nothing, and the child must have its signals blocked all the same.
     let mask = runtime::is_off().then(sys::block_all);
+    let forks = runtime::count_forks();
     let place = std::ptr::from_mut(request);
     me.request.store(place.cast(), Relaxed);
     me.set_entered(true);
     // SAFETY: the caller's promise. The handlers use `request` through the seat while this call lasts, this frame does not.
     let end = unsafe { replace::fork() };
+    let passed = runtime::passed(me, end.is_ok());
     me.set_entered(false);
     me.request.store(std::ptr::null_mut(), Relaxed);
-    let passed = runtime::passed();
+    runtime::counted(forks);
     (end, Passed { mask: passed.mask.or(mask), ..passed })
 }

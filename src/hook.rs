@@ -160,6 +160,10 @@ impl Hook {
     }
 
     /// Runs instead of `parent` where the fork did not happen. Without one, `parent` runs.
+    ///
+    /// It may also run after a foreign fork that did happen, and `parent` after one that did not, where another library registered its at-fork
+    /// handlers before this one and leaves errno changed: errno is all that libc tells handlers of a fork's end. So both should leave
+    /// locks in the same state. A fork by this crate is always told apart.
     pub fn undo(mut self, f: impl Fn() + Send + Sync + 'static) -> Self {
         self.undo = Some(self.and_let_go(f, |lock| lock.release()));
         self

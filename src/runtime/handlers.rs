@@ -30,6 +30,10 @@ pub(super) enum Stage {
 
 pub(super) struct Passage {
     errno: i32,
+    /// What a seat names while this fork, a foreign one, is made inside that one by another library's handler.
+    outer: *mut (),
+    /// In the parent of a coordinated fork: its handler could not tell whether there is a child, and left everything to `passed`.
+    undecided: bool,
     /// Where errno is: a child that asks libc for it touches another page of code.
     errno_at: *mut i32,
     /// Something was left out: budget, veto.
@@ -53,6 +57,8 @@ pub(super) struct Passage {
 impl Passage {
     const NONE: Passage = Passage {
         errno: 0,
+        outer: std::ptr::null_mut(),
+        undecided: false,
         errno_at: std::ptr::null_mut(),
         dirty: false,
         marking: false,
@@ -82,10 +88,11 @@ pub(crate) struct Passed {
     pub(crate) late: bool,
 }
 
-/// After libc's fork, in the thread that called it. Async-signal-safe.
-pub(crate) fn passed() -> Passed {
+/// After libc's fork, in the thread that called it; `made` where there is a child, or this is it. Async-signal-safe.
+pub(crate) fn passed(me: &Slot, made: bool) -> Passed {
     // SAFETY: as in `on_prepare`.
     let passage = unsafe { &mut *PASSAGE.with(UnsafeCell::get) };
+    conclude_undecided(me, passage, made);
     Passed { mask: passage.mask.take(), late: std::mem::take(&mut passage.late) }
 }
 
@@ -204,6 +211,9 @@ pub(super) extern "C" fn on_prepare() {
     if is_off() {
         return;
     }
+    if matches!(STAGE.get(), Stage::Committed(_)) && !is_inner() {
+        try_again_after_failure();
+    }
     if STAGE.get() != Stage::None {
         NESTED.set(NESTED.get() + 1);
         return;
@@ -211,6 +221,7 @@ pub(super) extern "C" fn on_prepare() {
     // SAFETY: the passage is this thread's own, and one handler at a time is at work on it: what comes back here meanwhile, from a
     // hook, goes by `STAGE` and `NESTED`.
     let passage = unsafe { &mut *PASSAGE.with(UnsafeCell::get) };
+    passage.undecided = false;
     passage.errno = sys::errno();
     passage.errno_at = sys::errno_place();
     STAGE.set(Stage::Working);
@@ -218,6 +229,9 @@ pub(super) extern "C" fn on_prepare() {
         STAGE.set(Stage::Dirty);
         return;
     };
+    // In the child nobody comes back to it: `take_over` forgets what the seat names.
+    let inner = is_inner().then(|| me.request.swap(std::ptr::null_mut(), Relaxed));
+    passage.outer = inner.unwrap_or(std::ptr::null_mut());
     // SAFETY: the request lives on the stack of `fork`, which is below this frame on the same thread, and `fork` looks
     // at it again only after libc's fork has returned.
     let request = unsafe { me.request.load(Relaxed).cast::<Request>().as_mut() };
@@ -226,8 +240,7 @@ pub(super) extern "C" fn on_prepare() {
         None => prepare_foreign(me, passage),
     }
     passage.begun = clock::now();
-    // After a failure libc leaves its errno for the parent handlers; after a success nothing touches this 0.
-    sys::set_errno(0);
+    sys::set_errno(UNTOUCHED);
 }
 
 fn prepare_coordinated(me: &Slot, request: &mut Request, passage: &mut Passage) {
@@ -308,12 +321,45 @@ pub(super) extern "C" fn on_parent() {
         STAGE.set(Stage::None);
         return;
     };
+    let coordinated = !me.request.load(Relaxed).is_null();
+    if let Stage::Committed(shut) = stage
+        && coordinated
+        && errno != UNTOUCHED
+    {
+        // The copy is whole, if there is one: `conclude` finds the same.
+        STATE.gate.settle(shut);
+        passage.undecided = true;
+        STAGE.set(stage);
+        return;
+    }
+    conclude(me, passage, stage, !says_failed(errno));
+    let outer = std::mem::replace(&mut passage.outer, std::ptr::null_mut());
+    if !outer.is_null() {
+        me.request.store(outer, Relaxed);
+        me.set_entered(true);
+    }
+    sys::set_errno(if errno == UNTOUCHED { passage.errno } else { errno });
+}
+
+/// What the prepare handler leaves in errno, and what is still there if libc's fork made a child and nobody else's handler, on the way
+/// there or back, has set it: no errno of any system call, and nothing that a handler would set by chance.
+const UNTOUCHED: i32 = 0x0CAF_F04C;
+
+/// Whether libc's fork failed, by what is in errno when the parent handler runs: libc runs the same handlers either way, and tells them
+/// by nothing else. `UNTOUCHED` is certain. Else it is libc's, or left by a handler that others registered before ours; a
+/// coordinated fork learns the truth when libc's fork returns (`passed`), a foreign one is judged by this.
+fn says_failed(errno: i32) -> bool {
+    matches!(errno, libc::EAGAIN | libc::ENOMEM | libc::ENOSYS | libc::EPERM)
+}
+
+/// On this thread, in the parent: hooks finished, gate open, role given back.
+fn conclude(me: &Slot, passage: &mut Passage, stage: Stage, made: bool) {
+    STAGE.set(Stage::Working);
     let mut late = false;
     if let Stage::Committed(shut) = stage {
         late = !STATE.gate.settle(shut);
         STATE.waited.fork.note(clock::now().saturating_sub(passage.begun));
-        let phase = if has_failed(errno) { Phase::Undo } else { Phase::Parent };
-        finish_hooks(phase);
+        finish_hooks(if made { Phase::Parent } else { Phase::Undo });
         if !STATE.gate.reopen(shut) {
             STATE.gate.was_reopened(shut);
         }
@@ -324,18 +370,27 @@ pub(super) extern "C" fn on_parent() {
     }
     passage.late = late;
     let coordinated = !me.request.load(Relaxed).is_null();
-    if late && !coordinated {
+    if late && made && !coordinated {
         STATE.count.late.fetch_add(1, Relaxed);
     }
     pass_mask(passage, coordinated);
     STAGE.set(Stage::None);
-    sys::set_errno(if errno == 0 { passage.errno } else { errno });
 }
 
-/// Whether libc's fork failed, by the errno that it leaves for the parent handlers. Those of other libraries that ran before ours
-/// may have left any other.
-fn has_failed(errno: i32) -> bool {
-    matches!(errno, libc::EAGAIN | libc::ENOMEM | libc::ENOSYS | libc::EPERM)
+fn conclude_undecided(me: &Slot, passage: &mut Passage, made: bool) {
+    if std::mem::take(&mut passage.undecided) {
+        conclude(me, passage, STAGE.get(), made);
+    }
+}
+
+/// A replacement for fork that calls libc's again, because the first made no child.
+#[cold]
+fn try_again_after_failure() {
+    // SAFETY: as in `on_prepare`; between two forks no handler is at work.
+    let passage = unsafe { &mut *PASSAGE.with(UnsafeCell::get) };
+    if let Some(me) = seated() {
+        conclude_undecided(me, passage, false);
+    }
 }
 
 /// The mask is put back at once after a foreign fork; a coordinated one does it itself, when it knows the child (`passed`).

@@ -25,10 +25,12 @@ use Ordering::{AcqRel, Acquire, Relaxed, Release};
 
 mod generation;
 mod handlers;
+mod nesting;
 mod program;
 
 pub(crate) use generation::*;
 pub(crate) use handlers::*;
+pub(crate) use nesting::*;
 pub(crate) use program::*;
 
 /// All that this library writes around a fork, next to each other: every page that both sides of a fork write is copied twice,

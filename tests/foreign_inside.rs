@@ -1,0 +1,212 @@
+//! What other libraries' at-fork handlers do to a fork from inside it: an errno left behind, forks and registrations of their own (G2, K2).
+
+#![allow(unsafe_code, clippy::disallowed_methods, clippy::expect_used)]
+
+mod common;
+mod drive;
+mod handlers;
+
+use carefork::{
+    ForkError, ForkOptions, ForkReplacement, Hook, Mutex, lineage, register, set_fork_replacement, stats,
+    try_no_forking,
+};
+use common::{Setup, Verdict, can_change_user, check, isolated, isolated_with, raw, reap, seccomp_refuse, status_here};
+use drive::{MS, SOON, coordinated, foreign, fork_with, freeze, no_child_left, run_clock, until, until_shut};
+use handlers::{Act, LATE_LOCK, both_with_locks, early, late, nothing};
+use std::sync::atomic::{AtomicBool, AtomicI32, AtomicU32, Ordering::SeqCst};
+use std::thread;
+
+static MADE: AtomicU32 = AtomicU32::new(0);
+static UNDONE: AtomicU32 = AtomicU32::new(0);
+
+/// How often a hook's parent and undo ran since the last look.
+fn ends() -> (u32, u32) {
+    (MADE.swap(0, SeqCst), UNDONE.swap(0, SeqCst))
+}
+
+fn counting() -> Hook {
+    let count = |n: &'static AtomicU32| {
+        move || {
+            n.fetch_add(1, SeqCst);
+        }
+    };
+    Hook::new("counting").parent(count(&MADE)).undo(count(&UNDONE))
+}
+
+fn blocked() -> u64 {
+    status_here().map_or(!0, |s| s.sig_blk)
+}
+
+static LEAVE: AtomicI32 = AtomicI32::new(0);
+
+fn leaves_errno() {
+    // SAFETY: takes nothing.
+    let errno = unsafe { libc::__errno_location() };
+    // SAFETY: the location is this thread's own.
+    unsafe { *errno = LEAVE.load(SeqCst) };
+}
+
+/// What libc says of a failed fork, what it does not, and nothing.
+const LEFT: [i32; 6] = [libc::EAGAIN, libc::ENOMEM, libc::ENOSYS, libc::EPERM, libc::EBADF, 0];
+
+#[test]
+fn a_coordinated_fork_that_was_made_is_never_undone() {
+    isolated("a_coordinated_fork_that_was_made_is_never_undone", 30, || {
+        let _hook = register(counting());
+        for at in 0..2 {
+            let mut acts: [Act; 3] = [nothing; 3];
+            acts[at] = leaves_errno;
+            early(acts);
+            late(acts);
+            for errno in LEFT {
+                LEAVE.store(errno, SeqCst);
+                let pid = coordinated(|| i32::from(lineage().dirty)).expect("a fork");
+                assert_eq!(ends(), (1, 0), "errno {errno}, handler {at}");
+                assert!(try_no_forking().is_some());
+                assert_eq!(reap(pid, SOON), Verdict::Exited(0));
+            }
+        }
+    });
+}
+
+#[test]
+fn a_coordinated_fork_that_failed_is_always_undone() {
+    isolated("a_coordinated_fork_that_failed_is_always_undone", 30, || {
+        seccomp_refuse(&[(libc::SYS_clone, libc::ENOMEM), (libc::SYS_fork, libc::ENOMEM)]).expect("a filter");
+        let _hook = register(counting());
+        early([nothing, leaves_errno, nothing]);
+        let mask = blocked();
+        for errno in LEFT {
+            LEAVE.store(errno, SeqCst);
+            let Err(ForkError::Os(error)) = coordinated(|| 1) else { panic!("it cannot succeed") };
+            // glibc and musl put their own back after the handlers.
+            assert_eq!(error.raw_os_error(), Some(libc::ENOMEM));
+            assert_eq!(ends(), (0, 1), "errno {errno}");
+            assert!(try_no_forking().is_some());
+            assert_eq!(blocked(), mask);
+        }
+    });
+}
+
+/// What is in errno when handlers leave it alone is known for certain, whatever it was before.
+#[test]
+fn a_foreign_fork_is_told_apart_where_handlers_leave_errno_alone() {
+    isolated("a_foreign_fork_is_told_apart_where_handlers_leave_errno_alone", 30, || {
+        let _hook = register(counting());
+        for errno in LEFT {
+            LEAVE.store(errno, SeqCst);
+            leaves_errno();
+            let pid = foreign(|| i32::from(raw::errno() != LEAVE.load(SeqCst)));
+            assert_eq!((raw::errno(), ends()), (errno, (1, 0)));
+            assert_eq!(reap(pid, SOON), Verdict::Exited(0));
+        }
+        // A handler that is done with a conversion of strtol's.
+        LEAVE.store(0, SeqCst);
+        early([nothing, leaves_errno, nothing]);
+        assert_eq!(reap(foreign(|| 0), SOON), Verdict::Exited(0));
+        assert_eq!(ends(), (1, 0));
+        early([nothing, nothing, nothing]);
+        seccomp_refuse(&[(libc::SYS_clone, libc::EAGAIN), (libc::SYS_fork, libc::EAGAIN)]).expect("a filter");
+        assert_eq!((foreign(|| 1), raw::errno(), ends()), (-1, libc::EAGAIN, (0, 1)));
+    });
+}
+
+#[test]
+fn a_replacement_may_try_again() {
+    fn set_processes(limit: libc::rlim_t) {
+        let limit = libc::rlimit { rlim_cur: limit, rlim_max: 100 };
+        // SAFETY: the limit is whole.
+        assert_eq!(unsafe { libc::setrlimit(libc::RLIMIT_NPROC, &raw const limit) }, 0);
+    }
+    unsafe fn stubborn() -> i32 {
+        set_processes(1);
+        // SAFETY: as the caller says.
+        let first = unsafe { libc::fork() };
+        check(1, first == -1 && raw::errno() == libc::EAGAIN);
+        set_processes(100);
+        // SAFETY: as the caller says.
+        unsafe { libc::fork() }
+    }
+    if !can_change_user() {
+        eprintln!("skipped: needs root, whom the limit does not hold");
+        return;
+    }
+    let setup = Setup { uid: Some(61_724), ..Setup::default() };
+    isolated_with("a_replacement_may_try_again", 30, setup, || {
+        freeze();
+        let _hook = register(counting());
+        // SAFETY: it is libc's fork, twice if need be.
+        unsafe { set_fork_replacement(Some(ForkReplacement::Calls(stubborn))) };
+        let pid = coordinated(|| i32::from(lineage().dirty)).expect("the second try");
+        assert_eq!(ends(), (1, 1));
+        assert_eq!(reap(pid, SOON), Verdict::Exited(0));
+        assert_eq!((stats().forks, stats().thrown_away, stats().dirty), (1, 0, 0));
+        assert!(no_child_left() && try_no_forking().is_some());
+    });
+}
+
+// -- a fork inside a fork
+
+static INNER: AtomicI32 = AtomicI32::new(0);
+
+/// Forks, once each time it is armed, a child that looks at what it was given.
+fn forks_inside() {
+    if INNER.compare_exchange(1, 2, SeqCst, SeqCst).is_ok() {
+        let pid = foreign(|| {
+            check(1, blocked() == 0);
+            check(2, try_no_forking().is_some());
+            7
+        });
+        check(3, pid > 0 && reap(pid, SOON) == Verdict::Exited(7));
+        INNER.store(3, SeqCst);
+    }
+}
+
+#[test]
+fn a_fork_inside_another_librarys_handler_is_foreign() {
+    isolated("a_fork_inside_another_librarys_handler_is_foreign", 30, || {
+        freeze();
+        late([forks_inside, nothing, nothing]);
+        let _hook = register(counting());
+        INNER.store(1, SeqCst);
+        let pid = coordinated(|| i32::from(lineage().dirty)).expect("a fork");
+        assert_eq!((reap(pid, SOON), INNER.load(SeqCst)), (Verdict::Exited(0), 3));
+        assert_eq!(ends(), (2, 0));
+        assert_eq!((stats().forks, stats().foreign, stats().dirty), (1, 1, 0));
+
+        // The outer one is refused; the one inside, which is nobody's to refuse, goes ahead.
+        let veto = register(Hook::new("veto").try_prepare(|| Err("no".into())));
+        INNER.store(1, SeqCst);
+        assert!(matches!(coordinated(|| 1), Err(ForkError::Vetoed { .. })));
+        assert_eq!(INNER.load(SeqCst), 3);
+        assert_eq!((stats().forks, stats().foreign, stats().dirty, stats().thrown_away), (1, 2, 1, 1));
+        drop(veto);
+        assert!(no_child_left() && try_no_forking().is_some());
+        assert_eq!(blocked(), 0);
+    });
+}
+
+/// A coordinated fork inside the handler of a foreign one is itself, and so is a foreign one inside the handler of that.
+#[test]
+fn three_forks_inside_each_other() {
+    static MIDDLE: AtomicBool = AtomicBool::new(false);
+    fn middle() {
+        if MIDDLE.swap(false, SeqCst) {
+            INNER.store(1, SeqCst);
+            let pid = coordinated(|| i32::from(lineage().dirty)).expect("a fork");
+            check(4, reap(pid, SOON) == Verdict::Exited(0));
+        } else {
+            forks_inside();
+        }
+    }
+    isolated("three_forks_inside_each_other", 30, || {
+        freeze();
+        late([middle, nothing, nothing]);
+        assert_eq!(reap(coordinated(|| 0).expect("a fork"), SOON), Verdict::Exited(0));
+        MIDDLE.store(true, SeqCst);
+        assert_eq!(reap(foreign(|| i32::from(lineage().dirty)), SOON), Verdict::Exited(0));
+        assert_eq!(INNER.load(SeqCst), 3);
+        assert_eq!((stats().forks, stats().foreign, stats().dirty), (2, 2, 0));
+        assert!(no_child_left() && try_no_forking().is_some());
+    });
+}
