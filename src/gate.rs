@@ -614,7 +614,8 @@ impl<S: Seats> Gate<S> {
         got
     }
 
-    /// Takes the role if it is free; for the registration of hooks, outside a fork.
+    /// Takes the role if it is free, until `release_role`; for the registration of hooks, which says nothing about this thread: it may
+    /// be in a coordinated fork, in another library's handler.
     pub(crate) fn try_role(&self, me: &Slot) -> bool {
         self.role.compare_exchange(0, me.id(), SeqCst, Relaxed).is_ok()
     }
@@ -637,7 +638,7 @@ impl<S: Seats> Gate<S> {
         }
     }
 
-    fn release_role(&self) {
+    pub(crate) fn release_role(&self) {
         self.role.store(0, if fault("role_relaxed") { Relaxed } else { Release });
         self.next_turn();
     }

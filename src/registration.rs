@@ -71,7 +71,7 @@ pub(crate) fn tidy() {
     let mask = sys::block_all();
     if gate().try_role(me) {
         hooks().settle();
-        gate().drop_role(me);
+        gate().release_role();
     }
     sys::set_mask(&mask);
     hooks().collect();
@@ -90,7 +90,7 @@ pub(crate) fn clean_up() -> (usize, usize) {
         sys::yield_now();
     }
     hooks().each_living(|h| found.extend(h.cleanup.as_ref().map(|f| (h.name, Arc::clone(f)))));
-    gate().drop_role(me);
+    gate().release_role();
     sys::set_mask(&mask);
     let mut panicked = 0;
     for (name, f) in &found {
@@ -120,7 +120,7 @@ pub(crate) fn list() -> Option<Vec<(&'static str, i32, Durations)>> {
         let ours = gate().try_role(me);
         if ours {
             hooks().each_living(|h| found.push((h.name, h.rank, h.waited.read())));
-            gate().drop_role(me);
+            gate().release_role();
         }
         sys::set_mask(&mask);
         if ours {

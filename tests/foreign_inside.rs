@@ -210,3 +210,50 @@ fn three_forks_inside_each_other() {
         assert!(no_child_left() && try_no_forking().is_some());
     });
 }
+
+// -- a registration inside a fork
+
+/// A fork in whose way another thread is that forks itself lets go of other libraries' locks soon, not half way through its budget: the
+/// other may be waiting for one of them. It must know that the other forks, also where its handler has registered a hook.
+#[test]
+fn a_thread_that_registers_in_a_handler_is_forking_still() {
+    static FIRST: AtomicBool = AtomicBool::new(false);
+    static REGISTERED: AtomicBool = AtomicBool::new(false);
+    static GO: AtomicBool = AtomicBool::new(false);
+    static WAITING: Mutex<()> = Mutex::new(());
+    fn prepare() {
+        if FIRST.swap(false, SeqCst) {
+            drop(register(Hook::new("passing")));
+            REGISTERED.store(true, SeqCst);
+            until(|| GO.load(SeqCst));
+        }
+        LATE_LOCK.lock();
+    }
+    isolated("a_thread_that_registers_in_a_handler_is_forking_still", 30, || {
+        both_with_locks();
+        late([prepare, || LATE_LOCK.unlock(), || LATE_LOCK.unlock()]);
+        freeze();
+        let hours = ForkOptions::new().timeout(3600 * 1000 * MS);
+        thread::scope(|s| {
+            s.spawn(|| {
+                // Holding a lock while forking is legitimate, and others wait for its end.
+                let _held = WAITING.lock();
+                FIRST.store(true, SeqCst);
+                let pid = fork_with(&hours, || 0).expect("the other gives way");
+                assert_eq!(reap(pid, SOON), Verdict::Exited(0));
+            });
+            until(|| REGISTERED.load(SeqCst));
+            s.spawn(|| {
+                let pid = fork_with(&hours, || 0).expect("the first is through");
+                assert_eq!(reap(pid, SOON), Verdict::Exited(0));
+            });
+            until_shut();
+            GO.store(true, SeqCst);
+            let clock = run_clock(MS);
+            // Half of the budget is 1 800 000 steps away.
+            until(|| stats().forks == 2);
+            drop(clock);
+        });
+        assert_ne!(stats().thrown_away, 0);
+    });
+}
