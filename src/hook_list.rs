@@ -7,6 +7,8 @@
 //! - Linked nodes are changed and walked by the holder of the gate's role only.
 //! - `progress` is the key of the last hook whose prepare began and whose undo, parent or child has not returned; 0 if none.
 //!   Keys rise along the list, so a hook is in a fork's hands exactly while `progress >= key`.
+//! - The way forward along the list is whole at any instant, and who is pending stays so until linked: the child of a dirty fork gets
+//!   both as another thread left them half way through a change, and makes everything else anew from them (`reset`).
 //! - A marked node is not called again once `progress < key` was seen after the mark: the forker stores `progress`, fences
 //!   and looks at the mark; the one who leaves stores the mark, fences and looks at `progress`.
 
@@ -30,6 +32,8 @@ pub(crate) struct Node<T> {
     skipped: AtomicU32,
     gone: AtomicU32,
     pub(crate) value: T,
+    /// The next in `pending`.
+    below: AtomicPtr<Node<T>>,
 }
 
 /// The place in lock order of a hook: rising rank, among equals the newest first (H2). Never 0.
@@ -42,7 +46,7 @@ pub(crate) fn key(rank: i32, sequence: u32) -> u64 {
 pub(crate) struct HookList<T> {
     head: AtomicPtr<Node<T>>,
     tail: AtomicPtr<Node<T>>,
-    /// Registered, not linked yet: a stack through `next`.
+    /// Registered, not linked yet: a stack through `below`.
     pending: AtomicPtr<Node<T>>,
     /// Unlinked, not freed yet: a stack through `next`.
     garbage: AtomicPtr<Node<T>>,
@@ -108,8 +112,9 @@ impl<T> HookList<T> {
             skipped: AtomicU32::new(0),
             gone: AtomicU32::new(0),
             value,
+            below: AtomicPtr::new(null_mut()),
         }));
-        push(&self.pending, node);
+        push(&self.pending, node, |n| &n.below);
         node
     }
 
@@ -188,19 +193,35 @@ impl<T> HookList<T> {
     }
 
     fn link_newcomers(&self) {
-        let mut node = self.pending.swap(null_mut(), AcqRel);
-        while !node.is_null() {
-            // SAFETY: pending nodes are alive until unlinked, and only the role's holder unlinks.
-            let n = unsafe { &*node };
-            let rest = n.next.load(Relaxed);
-            // Not linked to be unlinked: threads that register and leave in a loop while a fork holds the role would pile up
-            // thousands, and each link walks past the others.
-            if n.gone.load(Acquire) == 0 {
-                self.link(n);
-            } else {
-                push(&self.garbage, node);
+        // From here down all are linked.
+        let mut done = null_mut();
+        let mut gone = null_mut();
+        loop {
+            let top = self.pending.load(Acquire);
+            let mut node = top;
+            while node != done {
+                // SAFETY: pending nodes are alive until unlinked, and only the role's holder unlinks.
+                let n = unsafe { &*node };
+                // Not linked to be unlinked: threads that register and leave in a loop while a fork holds the role would pile up
+                // thousands, and each link walks past the others.
+                if n.gone.load(Acquire) == 0 {
+                    self.link(n);
+                } else {
+                    n.next.store(gone, Relaxed);
+                    gone = node;
+                }
+                node = n.below.load(Relaxed);
             }
-            node = rest;
+            done = top;
+            if top.is_null() || self.pending.compare_exchange(top, null_mut(), AcqRel, Relaxed).is_ok() {
+                break;
+            }
+        }
+        // Not before: while they are pending others may not free them.
+        // SAFETY: as above; nobody but this thread knows them now.
+        while let Some(n) = unsafe { gone.as_ref() } {
+            let node = std::mem::replace(&mut gone, n.next.load(Relaxed));
+            push(&self.garbage, node, |n| &n.next);
         }
     }
 
@@ -284,10 +305,32 @@ impl<T> HookList<T> {
         }
     }
 
-    /// In a child that has no such fork in progress: nobody's hands hold any hook, nobody waits.
+    /// In a child that has no such fork in progress: nobody's hands hold any hook, nobody waits. Another thread may have been
+    /// half way through a change (see the invariants); a node that it was about to free is never freed here.
     pub(crate) fn reset(&self) {
         self.progress.store(0, Relaxed);
         self.leaving.store(0, Relaxed);
+        let (mut last, mut linked) = (null_mut(), 0);
+        self.each(|n| {
+            n.prev.store(last, Relaxed);
+            last = std::ptr::from_ref(n).cast_mut();
+            linked += 1;
+        });
+        self.tail.store(last, Relaxed);
+        self.linked.store(linked, Relaxed);
+        let (mut node, mut kept) = (self.pending.load(Relaxed), null_mut());
+        // SAFETY: pending nodes are alive.
+        while let Some(n) = unsafe { node.as_ref() } {
+            let below = n.below.load(Relaxed);
+            let mut is_linked = false;
+            self.each(|l| is_linked |= std::ptr::eq(l, n));
+            if !is_linked {
+                n.below.store(kept, Relaxed);
+                kept = node;
+            }
+            node = below;
+        }
+        self.pending.store(kept, Relaxed);
     }
 
     /// Calls `f` on every hook, linked by this process or the one that it was copied from. In a child that `reset` is for.
@@ -354,19 +397,23 @@ impl<T> HookList<T> {
         // SAFETY: as above.
         unsafe { after.as_ref() }.map_or(&self.tail, |a| &a.prev).store(before, Release);
         self.linked.store(self.linked.load(Relaxed) - 1, Relaxed);
-        push(&self.garbage, std::ptr::from_ref(n).cast_mut());
+        push(&self.garbage, std::ptr::from_ref(n).cast_mut(), |n| &n.next);
     }
 }
 
-/// Pushes onto a stack through `next`. Only whole stacks are taken off again, so there is no ABA.
-fn push<T>(stack: &AtomicPtr<Node<T>>, node: *mut Node<T>) {
+/// Pushes onto a stack through `link`. Only whole stacks are taken off again, so there is no ABA.
+fn push<T>(stack: &AtomicPtr<Node<T>>, node: *mut Node<T>, link: fn(&Node<T>) -> &AtomicPtr<Node<T>>) {
     let mut top = stack.load(Relaxed);
     loop {
         // SAFETY: the caller owns `node`: fresh, or just unlinked by the role's holder.
-        unsafe { &*node }.next.store(top, Relaxed);
+        link(unsafe { &*node }).store(top, Relaxed);
         match stack.compare_exchange_weak(top, node, AcqRel, Relaxed) {
             Ok(_) => return,
             Err(now) => top = now,
         }
     }
 }
+
+#[cfg(all(test, not(loom)))]
+#[path = "hook_list_tests.rs"]
+mod tests;
