@@ -15,7 +15,8 @@
 #![allow(unsafe_code)]
 
 use crate::sync::{
-    self, ANY, AtomicPtr, AtomicU32, AtomicU64, Ordering, fault, fence, fence_by_other_means, heavy_fence, light_fence,
+    self, ANY, AtomicPtr, AtomicU32, AtomicU64, Ordering, Wake, fault, fence, fence_by_other_means, heavy_fence,
+    light_fence,
 };
 use std::ptr::null_mut;
 
@@ -145,7 +146,19 @@ impl<T> HookList<T> {
             }
             sync::futex_wait(&self.event, event, ANY, None);
         }
-        self.leaving.fetch_sub(1, SeqCst);
+        if self.leaving.fetch_sub(1, SeqCst) == 1 && !fault("left_no_wake") {
+            sync::futex_wake(&self.leaving, u32::MAX, ANY);
+        }
+    }
+
+    /// Waits until nobody waits in `leave` any more, at most until `until`. For a fork that has undone, so that they are on their way.
+    pub(crate) fn let_leave(&self, until: u64) {
+        loop {
+            let leaving = self.leaving.load(SeqCst);
+            if leaving == 0 || sync::futex_wait(&self.leaving, leaving, ANY, Some(until)) == Wake::TimedOut {
+                break;
+            }
+        }
     }
 
     /// Somebody waits in `leave`.

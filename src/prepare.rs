@@ -21,6 +21,8 @@ pub(crate) trait Steps {
     fn hooks(&mut self, how: How) -> Hooks;
     /// Undoes what `hooks` prepared.
     fn undo(&mut self);
+    /// After `Hooks::Unregistering`: waits for those who drop, at most until then.
+    fn let_leave(&mut self, _until: u64) {}
     /// The fork, which holds the role, has waited for something.
     fn waited(&mut self, _what: Wait, _ns: u64) {}
 }
@@ -136,11 +138,14 @@ impl<S: Seats> Run<'_, S> {
                 match self.hooks(steps, How::Wait(self.until(LAST_BOUND))) {
                     Hooks::Ready => {}
                     Hooks::Vetoed => return Outcome::Vetoed,
-                    Hooks::Conflict | Hooks::Unregistering => {
+                    found => {
+                        if found == Hooks::Unregistering {
+                            self.let_leave(steps);
+                        }
                         if self.is_over() {
                             return Outcome::Busy;
                         }
-                        hooks_first = false;
+                        hooks_first = found == Hooks::Unregistering;
                         continue;
                     }
                 }
@@ -159,7 +164,8 @@ impl<S: Seats> Run<'_, S> {
                 Drain::Drained => match self.hooks(steps, How::Try) {
                     Hooks::Ready => End::Ready,
                     Hooks::Vetoed => End::Vetoed,
-                    Hooks::Conflict | Hooks::Unregistering => End::OtherWay,
+                    Hooks::Conflict => End::OtherWay,
+                    Hooks::Unregistering => End::Unregistering,
                 },
                 other => End::NotDrained(other),
             };
@@ -173,6 +179,7 @@ impl<S: Seats> Run<'_, S> {
                 End::Ready => {}
                 End::Vetoed => return Outcome::Vetoed,
                 End::OtherWay => hooks_first = true,
+                End::Unregistering => self.let_leave(steps),
                 End::NotDrained(Drain::Deadlock) => return Outcome::WouldDeadlock,
                 End::NotDrained(why) => {
                     if self.held {
@@ -197,6 +204,13 @@ impl<S: Seats> Run<'_, S> {
         steps.waited(Wait::Hooks, sync::now().saturating_sub(begun));
         self.held = end == Hooks::Ready;
         end
+    }
+
+    /// With the gate open: who drops a registration may be in a region.
+    fn let_leave(&mut self, steps: &mut impl Steps) {
+        let begun = sync::now();
+        steps.let_leave(self.until(LAST_BOUND));
+        steps.waited(Wait::Hooks, sync::now().saturating_sub(begun));
     }
 
     fn regions_ended(&mut self, steps: &mut impl Steps) {
@@ -249,5 +263,6 @@ enum End {
     Ready,
     Vetoed,
     OtherWay,
+    Unregistering,
     NotDrained(Drain),
 }

@@ -182,6 +182,10 @@ impl Steps for Handlers<'_> {
         finish_hooks(Phase::Undo);
     }
 
+    fn let_leave(&mut self, until: u64) {
+        STATE.hooks.let_leave(until);
+    }
+
     fn waited(&mut self, what: Wait, ns: u64) {
         match what {
             Wait::Turn => &STATE.waited.turn,

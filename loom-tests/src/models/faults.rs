@@ -25,6 +25,7 @@ const FAULTS: &[(&str, &str)] = &[
     ("hook_unmarked", "hooks::unregister_during_a_fork"),
     ("progress_late", "hooks::unregister_during_a_fork"),
     ("fell_no_wake", "hooks::unregister_during_a_fork"),
+    ("left_no_wake", "hooks::unregister_during_a_fork"),
     ("closed_before_unregistered", "care::the_child_of_a_dirty_fork"),
     ("registered_unmarked", "care::registered_during_a_dirty_fork"),
     ("slept_without_bit", "words::a_bit_for_the_second_sleeper"),

@@ -62,12 +62,23 @@ impl Steps for Steps_<'_> {
     fn restore_signals(&mut self) {}
 
     fn hooks(&mut self, _: How) -> Hooks {
+        // As hook.rs does.
         let all = self.0.list.prepare(|h| {
+            if self.0.list.is_left() {
+                return Call::Stop;
+            }
             h.touch();
             Call::Prepared
         });
-        assert!(all);
+        if !all {
+            self.undo();
+            return Hooks::Unregistering;
+        }
         Hooks::Ready
+    }
+
+    fn let_leave(&mut self, until: u64) {
+        self.0.list.let_leave(until);
     }
 
     fn undo(&mut self) {
