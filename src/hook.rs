@@ -1,6 +1,6 @@
 //! Hooks: what a subsystem wants done around a fork, for the locks that carefork cannot see into, and how a fork calls them (H1-H4).
 
-use crate::durations::Clocked;
+use crate::durations::{Clocked, Durations};
 use crate::error::{Report, Text};
 use crate::hook_list::{HookList, Step};
 use crate::prepare::{Hooks, How};
@@ -9,7 +9,7 @@ use std::borrow::Cow;
 use std::fmt;
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU32, Ordering};
 
 type Call = Box<dyn Fn() + Send + Sync>;
 type Trial = Box<dyn Fn() -> Result<(), Veto> + Send + Sync>;
@@ -115,8 +115,10 @@ pub struct Hook {
     pub(crate) rank: i32,
     /// Shared, so that a clean-up can run it without the list.
     pub(crate) cleanup: Option<Arc<dyn Fn() + Send + Sync>>,
-    /// What its prepare took, where that was worth a page that the fork would copy.
-    pub(crate) waited: Clocked,
+    /// What its prepare took, where that was worth a page that the fork would copy; of the generation `counted_in`. A child need not
+    /// copy that page to begin anew.
+    waited: Clocked,
+    counted_in: AtomicU32,
 }
 
 impl fmt::Debug for Hook {
@@ -137,6 +139,7 @@ impl Hook {
             child: None,
             cleanup: None,
             waited: Clocked::new(),
+            counted_in: AtomicU32::new(0),
         }
     }
 
@@ -224,11 +227,20 @@ pub(crate) const TIMED: u32 = 64;
 const WORTH_NOTING: u64 = 1_000;
 
 impl Hook {
-    /// By the role's holder.
-    pub(crate) fn took(&self, ns: u64) {
+    /// By the role's holder, in the process of that generation.
+    pub(crate) fn took(&self, ns: u64, generation: u32) {
         if ns >= WORTH_NOTING {
+            if self.counted_in.swap(generation, Ordering::Relaxed) != generation {
+                self.waited.reset();
+            }
             self.waited.note(ns);
         }
+    }
+
+    /// What its prepare took in this process, whose generation that is. As `took`.
+    pub(crate) fn waited(&self, generation: u32) -> Durations {
+        let here = self.counted_in.load(Ordering::Relaxed) == generation;
+        if here { self.waited.read() } else { Durations::default() }
     }
 }
 

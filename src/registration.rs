@@ -110,6 +110,7 @@ const ASKS: (u32, u64) = (50, 100_000);
 /// Names and ranks in the order of prepare; `None` if a fork has the hooks in its hands and does not let go of them soon.
 pub(crate) fn list() -> Option<Vec<(&'static str, i32, Durations)>> {
     let me = runtime::me();
+    let generation = runtime::generation_here();
     if runtime::in_fork() || me.is_forking() {
         return None;
     }
@@ -119,7 +120,7 @@ pub(crate) fn list() -> Option<Vec<(&'static str, i32, Durations)>> {
         let mask = sys::block_all();
         let ours = gate().try_role(me);
         if ours {
-            hooks().each_living(|h| found.push((h.name, h.rank, h.waited.read())));
+            hooks().each_living(|h| found.push((h.name, h.rank, h.waited(generation))));
             gate().release_role();
         }
         sys::set_mask(&mask);

@@ -7,7 +7,7 @@ mod common;
 mod drive;
 
 use carefork::testing::advance;
-use carefork::{ForkOptions, Hook, register, stats};
+use carefork::{ForkOptions, Hook, register, report, stats};
 use common::{Verdict, check, isolated, reap};
 use drive::{BOTH, MS, SOON, freeze, gettid, inside, run_clock, until_it_looked, until_shut};
 use std::sync::Arc;
@@ -36,6 +36,28 @@ fn every_fork_is_timed_once_and_children_start_from_nothing() {
         assert_eq!((s.turns.count, s.regions.count, s.hooks.count, s.copying.count), (2, 2, 2, 2));
         assert_eq!((s.hooks.total, s.hooks.longest, s.hooks.median), (6 * MS, 3 * MS, 3 * MS));
         assert_eq!((s.turns.longest, s.regions.longest, s.copying.longest), Default::default());
+    });
+}
+
+#[test]
+fn each_hook_is_timed_anew_in_each_process() {
+    fn slow() -> (u64, Duration) {
+        let waited = report().hooks.map(|hooks| hooks[0].waited).unwrap_or_default();
+        (waited.count, waited.total)
+    }
+    isolated("each_hook_is_timed_anew_in_each_process", 30, || {
+        freeze();
+        let _hook = register(Hook::new("slow").prepare(|| advance(3 * MS)));
+        for (i, kind) in (1u32..).zip(BOTH) {
+            ends_well(kind.noexec(|| {
+                check(2, slow() == (0, Duration::ZERO));
+                let pid = kind.fork(|| i32::from(slow() != (0, Duration::ZERO)));
+                check(3, reap(pid, SOON) == Verdict::Exited(0));
+                check(4, slow() == (1, 3 * MS));
+                0
+            }));
+            assert_eq!(slow(), (i.into(), 3 * i * MS));
+        }
     });
 }
 

@@ -164,7 +164,7 @@ impl Steps for Handlers<'_> {
             let step = hook::prepare(&STATE.hooks, h, how, self.coordinated, self.report, &mut self.vetoed, &mut end);
             if timed {
                 let begun = std::mem::replace(&mut now, clock::now());
-                h.took(now.saturating_sub(begun));
+                h.took(now.saturating_sub(begun), generation_here());
             }
             step
         });
