@@ -35,9 +35,10 @@ use crate::reap::known;
 use crate::region::no_forking;
 use crate::runtime::{Start, count};
 use crate::signals::Signals;
+use crate::sys_reap::{self, How, Which};
 use crate::{clock, sys, sys_exec};
 use std::io::{self, PipeReader, Read};
-use std::os::fd::{AsRawFd, FromRawFd, OwnedFd, RawFd};
+use std::os::fd::{AsRawFd, BorrowedFd, FromRawFd, OwnedFd, RawFd};
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::atomic::Ordering::Relaxed;
 use std::time::Duration;
@@ -85,8 +86,9 @@ fn once(plan: &Plan, deadline: Option<u64>) -> Result<Result<Child, Failure>, No
     });
     let (opened, pidfd, failure) = (shared.opened(), shared.pidfd(), shared.failure());
     if let (Ok(pid), Some(_)) = (cloned, failure) {
-        // Before a handler for SIGCHLD can run on this thread. ECHILD is the same: it is gone.
-        drop(sys::reap(pid, true));
+        // Before a handler for SIGCHLD can run on this thread.
+        reap(pid, pidfd.map(|(fd, _)| fd));
+        known::forget_thrown_away(pid);
     }
     start.end(opened);
     let pid = cloned.map_err(|errno| NotStarted::Fork(ForkError::Os(io::Error::from_raw_os_error(errno))))?;
@@ -102,6 +104,22 @@ fn once(plan: &Plan, deadline: Option<u64>) -> Result<Result<Child, Failure>, No
         (None, None) => Ok(Child::new(pid, true)),
         (None, pidfd) => Ok(Child::with_pidfd(pid, pidfd)),
     })
+}
+
+/// A child that has ended, or is about to. Reaped by others (ECHILD) it is gone, which is the same; its number may be another's then,
+/// which a pidfd does not mistake for it.
+fn reap(pid: u32, pidfd: Option<RawFd>) {
+    let by_pidfd = pidfd.map(|fd| {
+        // SAFETY: a care-fd that the child registered, open until `once` makes it its own.
+        let pidfd = unsafe { BorrowedFd::borrow_raw(fd) };
+        sys_reap::wait(Which::Pidfd(pidfd), How::Block)
+    });
+    match by_pidfd {
+        Some(Ok(_)) => {}
+        Some(Err(e)) if e.raw_os_error() == Some(libc::ECHILD) => {}
+        // None, or Linux 5.3, or a filter.
+        _ => drop(sys::reap(pid, true)),
+    }
 }
 
 fn clone(shared: &Shared<'_>, pidfd: i32) -> Result<u32, i32> {
