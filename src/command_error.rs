@@ -150,6 +150,13 @@ fn advice(step: &Step, errno: Option<i32>) -> &'static str {
 impl fmt::Display for CommandError {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match self {
+            // The way out is another one than a fork's.
+            CommandError::Fork(ForkError::Busy { culprits }) => {
+                write!(
+                    f,
+                    "no program started: the budget of the start ended; in the way: {culprits}; see Command::timeout"
+                )
+            }
             CommandError::Fork(e) => write!(f, "no program started: {e}"),
             CommandError::Invalid(what) => write!(f, "invalid command: {what}"),
             CommandError::Step { step, source } => {
@@ -162,9 +169,10 @@ impl fmt::Display for CommandError {
 impl std::error::Error for CommandError {
     fn source(&self) -> Option<&(dyn std::error::Error + 'static)> {
         match self {
+            // Told in full, and its text names a fork's way out.
+            CommandError::Fork(ForkError::Busy { .. }) | CommandError::Invalid(_) => None,
             CommandError::Fork(e) => Some(e),
             CommandError::Step { source, .. } => Some(source),
-            CommandError::Invalid(_) => None,
         }
     }
 }

@@ -523,6 +523,9 @@ fn in_ones_own_region_it_is_refused() {
         let e = Command::new("true").timeout(Duration::from_millis(50)).spawn().expect_err("past the budget");
         let CommandError::Fork(ForkError::Busy { culprits }) = &e else { panic!("{e:?}") };
         assert_eq!((culprits.count, culprits.threads[0].name.as_str()), (1, "reader"), "{e}");
+        // Its own way out, not a fork's, also where somebody prints the chain of causes.
+        let text = format!("{e}; {:?}", std::error::Error::source(&e));
+        assert!(text.contains("Command::timeout") && !text.contains("ForkOptions"), "{text}");
         assert_eq!(State::now(), before);
         kit::assert_no_child();
         drop(elsewhere);
