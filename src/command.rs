@@ -2,7 +2,7 @@
 
 use crate::command_env::Env;
 use crate::command_error::{CommandError, Step};
-use crate::command_stdio::{Kind, Stdio, Streams, read_both};
+use crate::command_stdio::{Kind, Stdio, Streams};
 use crate::exec_child::{Failure, Stage};
 use crate::exec_plan::{Limit, Moves, Plan, Strings, StringsBuilder};
 use crate::exec_start::{self, NotStarted, PANICKED, PreExec};
@@ -339,12 +339,8 @@ impl<'fd> Command<'fd> {
     /// # Panics
     /// As for [`Command::spawn`].
     pub fn output(&mut self) -> Result<Output, CommandError> {
-        let mut child = self.start([&Kind::Null, &Kind::Piped, &Kind::Piped])?;
-        drop(child.stdin.take());
-        let (stdout, stderr) =
-            read_both(child.stdout.take(), child.stderr.take()).map_err(|e| CommandError::step(Step::Wait, e))?;
-        let status = child.wait().map_err(|e| CommandError::step(Step::Wait, e))?;
-        Ok(Output { status, stdout, stderr })
+        let child = self.start([&Kind::Null, &Kind::Piped, &Kind::Piped])?;
+        child.wait_with_output().map_err(|e| CommandError::step(Step::Wait, e))
     }
 
     #[allow(unsafe_code)]

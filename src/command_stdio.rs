@@ -7,6 +7,7 @@ use crate::sys;
 use std::fs::File;
 use std::io::{self, PipeReader, PipeWriter, Read};
 use std::os::fd::{AsFd, AsRawFd, OwnedFd, RawFd};
+use std::process::Output;
 
 /// What a program's standard stream is; see [`Command::stdin`](crate::Command::stdin).
 ///
@@ -107,11 +108,36 @@ impl Streams {
     }
 }
 
+impl Child {
+    /// Closes its `stdin`, reads its `stdout` and `stderr`, where they are pipes and still here, to their ends, and waits for it.
+    ///
+    /// Reads whichever has something, so a child that fills one while the other is read goes on. The ends of pipes come when nobody
+    /// writes to them any more: a program that the child left behind with them keeps this waiting. As in std.
+    ///
+    /// # Errors
+    /// As for [`Child::wait`]; as read(2). The child is reaped later then, as a dropped one is.
+    ///
+    /// ```
+    /// use carefork::{Command, Stdio};
+    /// use std::io::Write;
+    /// let mut child = Command::new("sort").stdin(Stdio::piped()).stdout(Stdio::piped()).spawn()?;
+    /// (&**child.stdin.as_ref().expect("it was asked for")).write_all(b"b\na\n")?;
+    /// let output = child.wait_with_output()?;
+    /// assert!(output.status.success() && output.stdout == b"a\nb\n");
+    /// # Ok::<(), Box<dyn std::error::Error>>(())
+    /// ```
+    pub fn wait_with_output(mut self) -> io::Result<Output> {
+        // What the pipe has is the parent's.
+        self.check_parent()?;
+        drop(self.stdin.take());
+        let (stdout, stderr) = read_both(self.stdout.take(), self.stderr.take())?;
+        let status = self.wait()?;
+        Ok(Output { status, stdout, stderr })
+    }
+}
+
 /// Reads both to their ends, whichever has something: a program that waits for one to be read while it fills the other goes on.
-pub(crate) fn read_both(
-    out: Option<CareFd<PipeReader>>,
-    err: Option<CareFd<PipeReader>>,
-) -> io::Result<(Vec<u8>, Vec<u8>)> {
+fn read_both(out: Option<CareFd<PipeReader>>, err: Option<CareFd<PipeReader>>) -> io::Result<(Vec<u8>, Vec<u8>)> {
     let mut pipes = [out, err];
     let mut texts = [Vec::new(), Vec::new()];
     // As much as a full pipe has.

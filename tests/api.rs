@@ -184,6 +184,7 @@ fn functions_have_the_types_they_are_known_by() {
     let _: fn(&Child) -> u32 = Child::id;
     let _: fn(&mut Child) -> io::Result<ExitStatus> = Child::wait;
     let _: fn(&mut Child) -> io::Result<Option<ExitStatus>> = Child::try_wait;
+    let _: fn(Child) -> io::Result<std::process::Output> = Child::wait_with_output;
     let _: fn(&mut Child, Duration) -> io::Result<Option<ExitStatus>> = Child::wait_timeout;
     let _: fn(&Child) -> io::Result<()> = Child::kill;
     let _: fn(&Child, i32) -> io::Result<()> = Child::signal;

@@ -202,28 +202,6 @@ fn given_streams_come_to_the_same() {
         let std = std::process::Command::new("cat").stdin(open()).output().expect("cat");
         let ours = carefork::Command::new("cat").stdin(open()).output().expect("cat");
         assert_eq!(std, ours);
-        let script = ["-c", "read -r line; echo \"got $line\"; echo no >&2; exit 4"];
-        let mut std = std::process::Command::new("bash")
-            .args(script)
-            .stdin(std::process::Stdio::piped())
-            .stdout(std::process::Stdio::piped())
-            .stderr(std::process::Stdio::null())
-            .spawn()
-            .expect("bash");
-        std.stdin.take().expect("piped").write_all(b"line\n").expect("it reads");
-        let std = std.wait_with_output().expect("its end");
-        let mut ours = carefork::Command::new("bash")
-            .args(script)
-            .stdin(carefork::Stdio::piped())
-            .stdout(carefork::Stdio::piped())
-            .stderr(carefork::Stdio::null())
-            .spawn()
-            .expect("bash");
-        (&*ours.stdin.take().expect("piped")).write_all(b"line\n").expect("it reads");
-        let mut text = Vec::new();
-        io::Read::read_to_end(&mut &**ours.stdout.as_ref().expect("piped"), &mut text).expect("its output");
-        assert!(ours.stderr.is_none());
-        assert_eq!((ours.wait().expect("its end"), text), (std.status, std.stdout));
         // The output of one program as the input of another: std's into ours.
         let mut first =
             std::process::Command::new("echo").arg("x").stdout(std::process::Stdio::piped()).spawn().expect("echo");
@@ -234,5 +212,52 @@ fn given_streams_come_to_the_same() {
         assert!(
             command.stdin(io::stdin().as_fd().try_clone_to_owned().expect("open")).status().expect("true").success()
         );
+    });
+}
+
+/// The same with std's types and this library's: a program that is written to and says much, on one stream or both.
+macro_rules! conversation {
+    ($command:path, $stdio:path, $script:expr, $err:ident) => {{
+        use $stdio as Stdio;
+        let mut command = <$command>::new("bash");
+        command.args(["-c", $script]).stdin(Stdio::piped()).stdout(Stdio::piped()).stderr(Stdio::$err());
+        let child = command.spawn().expect("bash");
+        let pipe = child.stdin.as_ref().expect("piped").as_fd().try_clone_to_owned().expect("a descriptor");
+        std::fs::File::from(pipe).write_all(b"line\n").expect("it reads");
+        child.wait_with_output().expect("its end")
+    }};
+}
+
+/// The program's input is closed, or it would wait for more, and both its pipes are read, or it would wait for one to be emptied.
+#[test]
+fn waiting_with_output_comes_to_the_same() {
+    isolated("waiting_with_output_comes_to_the_same", 60, || {
+        let script =
+            "cat; for i in {1..30000}; do echo $i >&2; done; echo over; for i in {1..30000}; do echo $i; done; exit 4";
+        let ours = conversation!(carefork::Command, carefork::Stdio, script, piped);
+        assert_eq!(ours, conversation!(std::process::Command, std::process::Stdio, script, piped));
+        assert!(
+            ours.stdout.starts_with(b"line\nover\n1\n") && ours.stdout.len() > 1 << 17 && ours.stderr.len() > 1 << 17
+        );
+        let ours = conversation!(carefork::Command, carefork::Stdio, script, null);
+        assert_eq!(ours, conversation!(std::process::Command, std::process::Stdio, script, null));
+        assert!(ours.stdout.len() > 1 << 17 && ours.stderr.is_empty());
+    });
+}
+
+/// What a pipe has is for the one whose child it is.
+#[test]
+fn only_the_parent_waits_with_output() {
+    isolated("only_the_parent_waits_with_output", 60, || {
+        let child = carefork::Command::new("echo").arg("x").stdout(carefork::Stdio::piped()).spawn().expect("echo");
+        // SAFETY: the child uses nothing that its clean-up closes.
+        match unsafe { carefork::fork() }.expect("a fork") {
+            carefork::Fork::Child(token) => {
+                let refused = child.wait_with_output().is_err_and(|e| e.raw_os_error() == Some(libc::ECHILD));
+                token.exit(i32::from(!refused))
+            }
+            carefork::Fork::Parent(mut other) => assert!(other.wait().expect("its end").success()),
+        }
+        assert_eq!(child.wait_with_output().expect("its end").stdout, b"x\n");
     });
 }

@@ -54,6 +54,11 @@ impl Child {
         Child { stdin: None, stdout: None, stderr: None, body, exit }
     }
 
+    /// ECHILD in a process that is not the parent.
+    pub(crate) fn check_parent(&self) -> io::Result<()> {
+        self.body.check_parent()
+    }
+
     /// The process id.
     pub fn id(&self) -> u32 {
         self.body.pid
