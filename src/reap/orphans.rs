@@ -6,26 +6,47 @@
 use super::body::Body;
 use super::engine::Engine;
 use super::per_process::PerProcess;
-use crate::locks::OnceLock;
+use crate::locks::{Mutex, OnceLock};
 use crate::sys_reap::How;
+use std::io;
 use std::os::fd::BorrowedFd;
 use std::sync::atomic::{AtomicBool, Ordering};
 
 struct Orphans {
-    engine: OnceLock<Option<Engine<()>>>,
+    engine: OnceLock<Engine<()>>,
+    /// Those who came when there was no descriptor for an engine.
+    waiting: Mutex<Vec<Body>>,
+    /// There are some.
+    any_waits: AtomicBool,
 }
 
 /// There were some once, in this process or its parent.
 static USED: AtomicBool = AtomicBool::new(false);
-static ORPHANS: PerProcess<Orphans> = PerProcess::new(|| Orphans { engine: OnceLock::new() });
+static ORPHANS: PerProcess<Orphans> = PerProcess::new(|| Orphans {
+    engine: OnceLock::new(),
+    waiting: Mutex::new(Vec::new()),
+    any_waits: AtomicBool::new(false),
+});
 
-fn engine() -> Option<&'static Engine<()>> {
+/// # Errors
+/// As epoll_create1(2); the next to ask tries again.
+fn engine() -> io::Result<&'static Engine<()>> {
     USED.store(true, Ordering::Relaxed);
-    ORPHANS.get().engine.get_or_init(|| Engine::new(0).ok()).as_ref()
+    let engine = &ORPHANS.get().engine;
+    match engine.get() {
+        Some(engine) => Ok(engine),
+        None => {
+            let new = Engine::new(0)?;
+            Ok(engine.get_or_init(|| new))
+        }
+    }
 }
 
 /// For reapers to watch.
-pub(crate) fn descriptor() -> Option<BorrowedFd<'static>> {
+///
+/// # Errors
+/// As epoll_create1(2).
+pub(crate) fn descriptor() -> io::Result<BorrowedFd<'static>> {
     engine().map(Engine::epoll)
 }
 
@@ -35,13 +56,32 @@ pub(crate) fn adopt(mut body: Body) {
     if !body.is_ours() || !matches!(body.look(How::Now), Ok(None)) {
         return;
     }
-    if let Some(engine) = engine() {
-        body.want_pidfd();
-        // Out of memory or of watches: asked by number from now on, if there is room for that.
-        if let Err((body, (), _)) = engine.add(body, (), None) {
-            drop(engine.add(body.without_pidfd(), (), None));
+    match engine() {
+        Ok(engine) => {
+            body.want_pidfd();
+            // Out of memory or of watches: asked by number from now on.
+            if let Err((body, (), _)) = engine.add(body, (), None) {
+                drop(engine.add(body.without_pidfd(), (), None));
+            }
+        }
+        Err(_) => {
+            let orphans = ORPHANS.get();
+            let mut waiting = orphans.waiting.lock();
+            waiting.push(body);
+            orphans.any_waits.store(true, Ordering::Relaxed);
         }
     }
+}
+
+/// Those who came when there was no descriptor try again.
+#[cold]
+fn adopt_waiting(orphans: &Orphans) {
+    let waiting = {
+        let mut waiting = orphans.waiting.lock();
+        orphans.any_waits.store(false, Ordering::Relaxed);
+        std::mem::take(&mut *waiting)
+    };
+    waiting.into_iter().for_each(adopt);
 }
 
 /// Reaps those that have ended. One load where there are none.
@@ -49,13 +89,19 @@ pub(crate) fn reap() {
     if !USED.load(Ordering::Relaxed) {
         return;
     }
-    let Some(Some(engine)) = ORPHANS.get().engine.get() else { return };
-    if engine.live() != 0 {
+    let orphans = ORPHANS.get();
+    if orphans.any_waits.load(Ordering::Relaxed) {
+        adopt_waiting(orphans);
+    }
+    if let Some(engine) = orphans.engine.get()
+        && engine.live() != 0
+    {
         // What epoll or waitid refuse now is asked again next time.
         drop(engine.dispatch(|_, ()| true));
     }
 }
 
 pub(crate) fn is_asking() -> bool {
-    USED.load(Ordering::Relaxed) && matches!(ORPHANS.get().engine.get(), Some(Some(engine)) if engine.is_asking())
+    let asking = |o: &Orphans| o.any_waits.load(Ordering::Relaxed) || o.engine.get().is_some_and(Engine::is_asking);
+    USED.load(Ordering::Relaxed) && asking(ORPHANS.get())
 }

@@ -123,9 +123,7 @@ impl Reaper {
             unknown: Mutex::new(None),
             id,
         };
-        if let Some(fd) = orphans::descriptor() {
-            shared.hear(fd, ORPHANS)?;
-        }
+        shared.hear(orphans::descriptor()?, ORPHANS)?;
         let shared = Arc::new(shared);
         let mut reapers = all.reapers.lock();
         reapers.retain(|r| r.strong_count() > 0);
@@ -143,7 +141,8 @@ impl Reaper {
     /// runs in unwinds and the next one goes on.
     ///
     /// # Errors
-    /// [`WatchError`], with the child: the reaper is closed or the parent's, or epoll has no room (ENOSPC, ENOMEM).
+    /// [`WatchError`], with the child: the reaper is closed or the parent's, epoll has no room (ENOSPC, ENOMEM), or there is no
+    /// descriptor by which to hear of a child that has no pidfd (EMFILE).
     pub fn watch(&self, child: Child, then: impl FnOnce(Exit) + Send + 'static) -> Result<Watched, WatchError> {
         self.shared().add(child, Then::Call(Box::new(then)))
     }
@@ -218,11 +217,17 @@ impl Shared {
         }
         let pid = child.id();
         let (mut body, exit) = child.into_parts();
-        // Waited for before.
-        let record = exit.map(|exit| Box::new(body.take_back(exit)));
-        if record.is_none() {
+        if exit.is_none() {
             body.want_pidfd();
         }
+        // No pidfd will tell of the end: a timer must.
+        if (exit.is_some() || !body.has_pidfd())
+            && let Err(error) = self.timer.make_ready(self)
+        {
+            return Err(WatchError::new(Child::from_body(body, exit), error));
+        }
+        // Waited for before.
+        let record = exit.map(|exit| Box::new(body.take_back(exit)));
         match self.engine.add(body, then, record) {
             Ok(key) => {
                 owner::children_changed(self);

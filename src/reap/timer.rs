@@ -60,7 +60,7 @@ impl Timer {
         if shared.is_closed() {
             return;
         }
-        // Without a descriptor to spare, the next death or dispatch looks.
+        // Whoever has something that cannot wait made sure before. Without a descriptor, the next death or dispatch looks.
         drop(inner.make_ready(shared));
         if let Some(fd) = &inner.fd {
             sys_reap::timer_set(fd.as_fd(), next.map(clock::real_wait));

@@ -56,9 +56,11 @@ impl Watched {
     /// Does not wait: the reaper's descriptor becomes readable when the time has come, and the callback runs as ever.
     ///
     /// # Errors
-    /// As for [`Watched::signal`].
+    /// As for [`Watched::signal`]; as timerfd_create(2), and then nothing was sent.
     pub fn terminate(&self, grace: Duration) -> io::Result<()> {
         let shared = self.open()?;
+        // Without one, nothing would tell of the end of the grace.
+        shared.timer.make_ready(&shared)?;
         let Some(sent) = shared.engine.with(self.key, |entry| entry.body.ask_to_end()) else { return Ok(()) };
         let ns = u64::try_from(grace.as_nanos()).unwrap_or(u64::MAX);
         shared.timer.kill_at(clock::now().saturating_add(ns), self.key);
