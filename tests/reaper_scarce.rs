@@ -131,3 +131,55 @@ fn a_grace_period_needs_its_timer() {
         assert_no_child();
     });
 }
+
+/// An arrangement that cannot be made changes nothing.
+#[test]
+fn an_owner_that_cannot_be_changes_nothing() {
+    isolated("an_owner_that_cannot_be_changes_nothing", 60, || {
+        let free = disposition(libc::SIGCHLD);
+        let reaper = Reaper::new().expect("a reaper");
+        for owner in [SigchldOwner::Always, SigchldOwner::MainLoop] {
+            let all = take_all();
+            assert!(reaper.set_owner(owner).is_err_and(|e| is_full(&e)), "{owner:?}");
+            drop(all);
+            assert_eq!(disposition(libc::SIGCHLD), free);
+            // The stranger is left alone, and the reaper's own are told of as before.
+            let pid = foreign(|| 7);
+            let (_, exits) = watch(&reaper, ends_with(3));
+            assert_eq!(only(&reaper, &exits).code(), Some(3), "{owner:?}");
+            assert_eq!(common::reap(pid, SOON), common::Verdict::Exited(7), "{owner:?}");
+        }
+        reaper.set_owner(SigchldOwner::Always).expect("owned");
+        let (send, unknown) = crossbeam_channel::unbounded();
+        reaper.on_unknown(move |exit| {
+            send.send(exit.clone()).expect("the test waits");
+            carefork::Claim::Mine
+        });
+        let pid = foreign(|| 7);
+        assert_eq!(only(&reaper, &unknown).pid.cast_signed(), pid);
+        // The handler is there, and the reaper cannot hear of it.
+        reaper.set_owner(SigchldOwner::Nobody).expect("given up");
+        common::seccomp_refuse(&[(libc::SYS_epoll_ctl, libc::ENOSPC)]).expect("a filter");
+        assert!(reaper.set_owner(SigchldOwner::Always).is_err_and(|e| e.raw_os_error() == Some(libc::ENOSPC)));
+        assert_eq!((disposition(libc::SIGCHLD), reaper.sigchld()), (free, carefork::Sigchld::Free));
+    });
+}
+
+/// A child that cannot be watched comes back as it was, the ends of its pipes included.
+#[test]
+fn a_refused_child_comes_back_whole() {
+    isolated("a_refused_child_comes_back_whole", 60, || {
+        let reaper = Reaper::new().expect("a reaper");
+        let child = Command::new("cat").stdin(Stdio::piped()).stdout(Stdio::piped()).spawn().expect("cat");
+        common::seccomp_refuse(&[(libc::SYS_epoll_ctl, libc::ENOSPC)]).expect("a filter");
+        let refused = reaper.watch(child, |_| ()).expect_err("no room in epoll");
+        assert_eq!(refused.error.raw_os_error(), Some(libc::ENOSPC));
+        let mut child = refused.into_child();
+        (&**child.stdin.as_ref().expect("its pipe")).write_all(b"hello").expect("written");
+        drop(child.stdin.take());
+        let mut said = String::new();
+        (&**child.stdout.as_ref().expect("its pipe")).read_to_string(&mut said).expect("read");
+        assert_eq!(said, "hello");
+        assert!(child.wait().expect("a status").success());
+    });
+}

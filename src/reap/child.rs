@@ -28,6 +28,9 @@ pub struct Child {
     exit: Option<Exit>,
 }
 
+/// This process's ends of a child's standard streams.
+pub(crate) struct Pipes(Option<CareFd<PipeWriter>>, Option<CareFd<PipeReader>>, Option<CareFd<PipeReader>>);
+
 impl Child {
     /// After a fork that succeeded: nothing here can fail it.
     pub(crate) fn new(pid: u32, watched: bool) -> Self {
@@ -46,6 +49,7 @@ impl Child {
         self
     }
 
+    /// But for the pipes, which are to be taken before: [`Child::take_pipes`].
     pub(crate) fn into_parts(mut self) -> (Body, Option<Exit>) {
         (std::mem::replace(&mut self.body, Body::nobody()), self.exit.take())
     }
@@ -57,6 +61,15 @@ impl Child {
     /// ECHILD in a process that is not the parent.
     pub(crate) fn check_parent(&self) -> io::Result<()> {
         self.body.check_parent()
+    }
+
+    pub(crate) fn take_pipes(&mut self) -> Pipes {
+        Pipes(self.stdin.take(), self.stdout.take(), self.stderr.take())
+    }
+
+    pub(crate) fn with_pipes(mut self, Pipes(stdin, stdout, stderr): Pipes) -> Self {
+        (self.stdin, self.stdout, self.stderr) = (stdin, stdout, stderr);
+        self
     }
 
     /// The process id.

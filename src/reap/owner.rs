@@ -106,7 +106,8 @@ impl Reaper {
     /// stranger to a reaper that reaps every child.
     ///
     /// # Errors
-    /// As socketpair(2) and epoll_create1(2); ECHILD in a child of this process; `BrokenPipe` if the reaper is closed.
+    /// As socketpair(2), epoll_create1(2) and epoll_ctl(2); ECHILD in a child of this process; `BrokenPipe` if the reaper is closed.
+    /// The arrangement is what it was then.
     pub fn set_owner(&self, mode: SigchldOwner) -> io::Result<()> {
         let shared = self.shared();
         if !shared.is_ours() {
@@ -121,8 +122,12 @@ impl Reaper {
             return Err(io::Error::new(io::ErrorKind::BrokenPipe, "the reaper is closed; make a new one"));
         }
         shared.engine.hide(mode == SigchldOwner::MainLoop)?;
-        owner.mode = mode;
-        adjust(shared, &mut owner)
+        let before = std::mem::replace(&mut owner.mode, mode);
+        adjust(shared, &mut owner).inspect_err(|_| {
+            owner.mode = before;
+            // To where they came from: there is an epoll there.
+            drop(shared.engine.hide(before == SigchldOwner::MainLoop));
+        })
     }
 
     /// Who is asked about children that ended and are not carefork's, when this reaper reaps every child; the status was taken
@@ -194,8 +199,8 @@ fn adjust(shared: &Arc<Shared>, owner: &mut Owner) -> io::Result<()> {
     let wants = !shared.is_closed() && owner.mode.wants_signal(shared.engine.live() > 0);
     if wants && !owner.holds {
         sigchld::acquire()?;
+        sigchld::with_reader(|fd| shared.hear(fd, SIGCHLD)).transpose().inspect_err(|_| sigchld::release())?;
         owner.holds = true;
-        sigchld::with_reader(|fd| shared.hear(fd, SIGCHLD)).transpose()?;
     } else if !wants && owner.holds {
         owner.holds = false;
         sigchld::with_reader(|fd| shared.hear_no_more(fd));

@@ -138,7 +138,7 @@ impl Reaper {
 
     /// Watches `child`. When it has ended and is out of the table, `then` runs once, in [`Reaper::dispatch`], with no lock held:
     /// it may watch more, fork, change the owner of SIGCHLD, dispatch, close or drop the reaper. If it panics, the dispatch that it
-    /// runs in unwinds and the next one goes on.
+    /// runs in unwinds and the next one goes on. Pipes to a program that are still in `child` are closed: take them before.
     ///
     /// # Errors
     /// [`WatchError`], with the child: the reaper is closed or the parent's, epoll has no room (ENOSPC, ENOMEM), or there is no
@@ -207,7 +207,7 @@ impl Shared {
         sys_reap::epoll_del(self.descriptor(), fd);
     }
 
-    fn add(self: &Arc<Self>, child: Child, then: Then) -> Result<Watched, WatchError> {
+    fn add(self: &Arc<Self>, mut child: Child, then: Then) -> Result<Watched, WatchError> {
         if !self.is_ours() {
             return Err(WatchError::new(child, io::Error::from_raw_os_error(libc::ECHILD)));
         }
@@ -216,6 +216,7 @@ impl Shared {
             return Err(WatchError::new(child, closed));
         }
         let pid = child.id();
+        let pipes = child.take_pipes();
         let (mut body, exit) = child.into_parts();
         if exit.is_none() {
             body.want_pidfd();
@@ -224,7 +225,7 @@ impl Shared {
         if (exit.is_some() || !body.has_pidfd())
             && let Err(error) = self.timer.make_ready(self)
         {
-            return Err(WatchError::new(Child::from_body(body, exit), error));
+            return Err(WatchError::new(Child::from_body(body, exit).with_pipes(pipes), error));
         }
         // Waited for before.
         let record = exit.map(|exit| Box::new(body.take_back(exit)));
@@ -239,7 +240,7 @@ impl Shared {
                 Ok(Watched::new(self, key, pid))
             }
             // Never one that was waited for: only a pidfd can be refused.
-            Err((body, _, error)) => Err(WatchError::new(Child::from_body(body, None), error)),
+            Err((body, _, error)) => Err(WatchError::new(Child::from_body(body, None).with_pipes(pipes), error)),
         }
     }
 
