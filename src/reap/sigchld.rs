@@ -5,6 +5,7 @@
 //! | somebody's, we have no user | out | nothing |
 //! | ours, on top of what was there | held | the handler pokes a socket, then calls what was there |
 //! | somebody's, installed over ours | displaced | left alone, said once; they may call ours, which works on |
+//! | the default or ignored, after that | out | the next user installs the handler: there is nobody to call it |
 //! | ours again, or of before | | the last user restores what was there, exactly |
 //!
 //! The handler takes no lock, allocates nothing and keeps errno; it reads statics that are written one by one, so it may find
@@ -187,20 +188,21 @@ fn install() {
         HANDLER.displaced.store(false, Release);
         return;
     }
-    if HANDLER.displaced.load(Acquire) {
+    let handled = now.handler != libc::SIG_DFL && now.handler != libc::SIG_IGN;
+    if handled && HANDLER.displaced.load(Acquire) {
         // Theirs may call ours: calling theirs from ours would never end.
         return;
     }
+    HANDLER.displaced.store(false, Release);
     // The handler finds what to call, whenever it first runs.
     remember(&now);
-    let handled = now.handler != libc::SIG_DFL && now.handler != libc::SIG_IGN;
-    let (flags, mask) = if handled { (now.flags as i32, now.mask) } else { (libc::SA_NOCLDSTOP, 0) };
+    let (flags, mask) = if handled { (now.flags as i32, now.mask) } else { (libc::SA_NOCLDSTOP | libc::SA_RESTART, 0) };
     // SAFETY: sigaction is plain data.
     let mut ours: libc::sigaction = unsafe { std::mem::zeroed() };
     ours.sa_sigaction = address();
-    // Theirs is called under the mask it was installed with, and for stops only if it wanted them.
-    let keep = flags & (libc::SA_NODEFER | libc::SA_NOCLDSTOP);
-    ours.sa_flags = libc::SA_SIGINFO | libc::SA_RESTART | libc::SA_ONSTACK | keep;
+    // Theirs is called under the mask it was installed with, for stops only if it wanted them, and interrupts what it did before.
+    let keep = flags & (libc::SA_NODEFER | libc::SA_NOCLDSTOP | libc::SA_RESTART);
+    ours.sa_flags = libc::SA_SIGINFO | libc::SA_ONSTACK | keep;
     // SAFETY: sa_mask is at least eight bytes, aligned for a word, and plain bits.
     unsafe { (&raw mut ours.sa_mask).cast::<u64>().write(mask) };
     // SAFETY: a handler that keeps to what handlers may do, in code that is never unloaded.

@@ -1,0 +1,114 @@
+//! SIGCHLD owned in odd company: handlers that come and go, strangers that come at the wrong time, groups that outlive their leaders
+//! (C3-C5).
+
+#![allow(unsafe_code, clippy::disallowed_methods, clippy::expect_used)]
+
+mod common;
+mod kit;
+mod watching;
+
+use carefork::{Claim, Exit, ForkOptions, Reaper, Sigchld, SigchldOwner, Signals};
+use common::{Refuse, Setup, isolated, isolated_with, raw};
+use crossbeam_channel::{Receiver, unbounded};
+use kit::{SOON, assert_no_child, disposition, foreign, forked};
+use std::os::fd::AsRawFd as _;
+use std::os::unix::net::UnixDatagram;
+use std::os::unix::process::ExitStatusExt as _;
+use std::panic::{AssertUnwindSafe, catch_unwind};
+use std::process::ExitStatus;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicU32, Ordering::SeqCst};
+use std::thread;
+use std::time::{Duration, Instant};
+use watching::{ends_with, is_readable, kill, no_zombie_left, only, run_until, sleep_on, sleeper, watch};
+
+static PLAIN: AtomicU32 = AtomicU32::new(0);
+
+extern "C" fn plain(_: i32) {
+    PLAIN.fetch_add(1, SeqCst);
+}
+
+/// As other code does it.
+fn install(handler: usize, flags: i32) {
+    // SAFETY: sigaction is plain data.
+    let mut action: libc::sigaction = unsafe { std::mem::zeroed() };
+    action.sa_sigaction = handler;
+    action.sa_flags = flags;
+    // SAFETY: a handler that keeps to what handlers may do.
+    assert_eq!(unsafe { libc::sigaction(libc::SIGCHLD, &raw const action, std::ptr::null_mut()) }, 0);
+}
+
+fn owner(mode: SigchldOwner) -> Reaper {
+    let reaper = Reaper::new().expect("a reaper");
+    reaper.set_owner(mode).expect("owned");
+    reaper
+}
+
+/// Unknown children that the reaper's callback was asked about, all claimed.
+fn strangers(reaper: &Reaper) -> Receiver<Exit> {
+    let (send, receive) = unbounded();
+    reaper.on_unknown(move |exit| {
+        send.send(exit.clone()).expect("the test waits");
+        Claim::Mine
+    });
+    receive
+}
+
+fn wait_for_zombie(pid: i32) {
+    let end = Instant::now() + raw::patience(SOON);
+    while !std::fs::read_to_string(format!("/proc/{pid}/stat")).is_ok_and(|stat| stat.contains(") Z ")) {
+        assert!(Instant::now() < end, "{pid} does not end");
+        thread::yield_now();
+    }
+}
+
+/// Who displaced us is gone, and has left the default: nobody there calls us, so the next owner is one.
+#[test]
+fn a_handler_from_after_that_is_gone_is_in_nobodys_way() {
+    isolated("a_handler_from_after_that_is_gone_is_in_nobodys_way", 60, || {
+        for left in [libc::SIG_DFL, libc::SIG_IGN] {
+            let reaper = owner(SigchldOwner::Always);
+            install(plain as *const () as usize, libc::SA_RESTART);
+            reaper.set_owner(SigchldOwner::Nobody).expect("given up");
+            install(left, 0);
+            reaper.set_owner(SigchldOwner::Always).expect("owned");
+            assert_eq!(reaper.sigchld(), Sigchld::Held);
+            let unknown = strangers(&reaper);
+            let pid = foreign(|| 7);
+            assert_eq!(only(&reaper, &unknown).pid.cast_signed(), pid);
+            drop(reaper);
+            assert_eq!(disposition(libc::SIGCHLD).0, left);
+        }
+        kit::catch(libc::SIGCHLD, plain);
+        // A child that resets its signals is rid of it, too.
+        let reaper = {
+            install(libc::SIG_DFL, 0);
+            owner(SigchldOwner::Always)
+        };
+        install(plain as *const () as usize, libc::SA_RESTART);
+        reaper.set_owner(SigchldOwner::Nobody).expect("given up");
+        let mut child = forked(&ForkOptions::new().signals(Signals::Reset), |token| {
+            drop(token);
+            let own = owner(SigchldOwner::Always);
+            let unknown = strangers(&own);
+            let pid = foreign(|| 7);
+            i32::from(own.sigchld() != Sigchld::Held || only(&own, &unknown).pid.cast_signed() != pid)
+        });
+        assert_eq!(kit::code(&mut child), 0);
+    });
+}
+
+/// A call that the program's own handler was to interrupt is interrupted still.
+#[test]
+fn a_handler_that_interrupts_goes_on_interrupting() {
+    isolated("a_handler_that_interrupts_goes_on_interrupting", 60, || {
+        for (handler, flags, restarts) in
+            [(plain as *const () as usize, 0, false), (plain as *const () as usize, libc::SA_RESTART, true), (libc::SIG_DFL, 0, true)]
+        {
+            install(handler, flags);
+            let reaper = owner(SigchldOwner::Always);
+            assert_eq!(disposition(libc::SIGCHLD).1 & libc::SA_RESTART != 0, restarts);
+            drop(reaper);
+        }
+    });
+}
