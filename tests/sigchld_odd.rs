@@ -112,3 +112,27 @@ fn a_handler_that_interrupts_goes_on_interrupting() {
         }
     });
 }
+
+/// One number of the handler's pair is closed and somebody's socket has it: what that one receives is not ours to take.
+#[test]
+fn a_strangers_socket_is_not_read() {
+    isolated("a_strangers_socket_is_not_read", 60, || {
+        let reaper = Reaper::new().expect("a reaper");
+        let unknown = strangers(&reaper);
+        let before: Vec<i32> = common::self_fds().as_slice().to_vec();
+        reaper.set_owner(SigchldOwner::Always).expect("owned");
+        let now: Vec<i32> = common::self_fds().as_slice().to_vec();
+        for &fd in now.iter().filter(|fd| !before.contains(fd)) {
+            let (here, there) = UnixDatagram::pair().expect("a pair");
+            there.send(b"for somebody").expect("sent");
+            kit::redirect(here.as_raw_fd(), fd);
+            reaper.dispatch().expect("dispatch");
+            here.set_nonblocking(true).expect("set");
+            let mut text = [0; 32];
+            assert_eq!(here.recv(&mut text).expect("it is there still"), 12);
+            // And strangers are heard of.
+            let pid = foreign(|| 7);
+            assert_eq!(only(&reaper, &unknown).pid.cast_signed(), pid);
+        }
+    });
+}

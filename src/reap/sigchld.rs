@@ -105,10 +105,13 @@ struct State {
     users: u32,
     /// Kept once it was made: a handler on another thread may be about to poke it.
     pair: Option<(CareFd<OwnedFd>, CareFd<OwnedFd>)>,
+    /// What the end that is read must be; the handler knows the other one.
+    reader: (u64, u64),
     said: bool,
 }
 
-static STATE: PerProcess<Mutex<State>> = PerProcess::new(|| Mutex::new(State { users: 0, pair: None, said: false }));
+static STATE: PerProcess<Mutex<State>> =
+    PerProcess::new(|| Mutex::new(State { users: 0, pair: None, reader: (0, 0), said: false }));
 
 /// Who has SIGCHLD, as a reaper that wants it sees it.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -129,7 +132,9 @@ pub enum Sigchld {
 pub(crate) fn acquire() -> io::Result<()> {
     let mut state = STATE.get().lock();
     if state.pair.is_none() {
-        state.pair = Some(make_pair()?);
+        let new = make_pair()?;
+        state.reader = sys::identity(new.0.as_raw_fd()).unwrap_or_default();
+        state.pair = Some(new);
     }
     state.users += 1;
     if state.users == 1 {
@@ -274,11 +279,18 @@ pub(crate) fn check() -> io::Result<Checked> {
     let Some((reader, writer)) = &state.pair else { return Ok(Checked::Well) };
     let expected = Some((HANDLER.device.load(Relaxed), HANDLER.inode.load(Relaxed)));
     let missed = HANDLER.missed.swap(0, AcqRel) != 0;
-    if !missed && sys::identity(writer.as_raw_fd()) == expected && sys_reap::drain_socket(reader.as_raw_fd()) {
+    // Either number may be somebody's socket by now, whose bytes are not ours to take.
+    if !missed
+        && sys::identity(writer.as_raw_fd()) == expected
+        && sys::identity(reader.as_raw_fd()) == Some(state.reader)
+        && sys_reap::drain_socket(reader.as_raw_fd())
+    {
         return Ok(Checked::Well);
     }
     // Somebody closed the numbers (a daemon's clean-up): they are not ours to close.
-    let old = state.pair.replace(make_pair()?);
+    let new = make_pair()?;
+    state.reader = sys::identity(new.0.as_raw_fd()).unwrap_or_default();
+    let old = state.pair.replace(new);
     if let Some((reader, writer)) = old {
         for end in [reader, writer] {
             let _gone = end.try_into_inner().map(IntoRawFd::into_raw_fd);
