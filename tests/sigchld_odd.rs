@@ -136,3 +136,60 @@ fn a_strangers_socket_is_not_read() {
         }
     });
 }
+
+/// A callback that says disaster, or panics, keeps no other stranger from being asked about.
+#[test]
+fn a_disaster_hides_nobody() {
+    isolated("a_disaster_hides_nobody", 60, || {
+        let reaper = owner(SigchldOwner::Always);
+        for panics in [false, true] {
+            let (send, asked) = unbounded();
+            reaper.on_unknown(move |exit| {
+                send.send(exit.pid.cast_signed()).expect("the test waits");
+                assert!(!panics, "as a test");
+                Claim::Disaster(format!("child {}", exit.pid).into())
+            });
+            let mut pids = [foreign(|| 1), foreign(|| 2), foreign(|| 3)];
+            pids.iter().for_each(|&pid| wait_for_zombie(pid));
+            let dispatched = catch_unwind(AssertUnwindSafe(|| reaper.dispatch()));
+            assert!(dispatched.is_err() || dispatched.is_ok_and(|d| d.is_err()));
+            let mut seen: Vec<i32> = asked.try_iter().collect();
+            seen.sort_unstable();
+            pids.sort_unstable();
+            assert_eq!(seen, pids, "panics: {panics}");
+            reaper.dispatch().expect("dispatch");
+        }
+        assert_no_child();
+    });
+}
+
+/// A stranger that ended while a fork was under way, which might have been that fork's child: told of once it is known not to be,
+/// though no signal comes any more.
+#[test]
+fn a_stranger_found_during_a_fork_is_told_of_after_it() {
+    isolated("a_stranger_found_during_a_fork_is_told_of_after_it", 60, || {
+        let reaper = owner(SigchldOwner::Always);
+        let unknown = strangers(&reaper);
+        let pid = foreign(|| 7);
+        wait_for_zombie(pid);
+        let in_the_way = kit::InRegion::new("in the way");
+        thread::scope(|s| {
+            let forks = s.spawn(|| {
+                let child = forked(&ForkOptions::new().timeout_never(), |_| sleep_on());
+                child.id()
+            });
+            while carefork::try_no_forking().is_some() {
+                thread::yield_now();
+            }
+            reaper.dispatch().expect("dispatch");
+            assert!(unknown.is_empty(), "the fork is not under way");
+            drop(in_the_way);
+            let sleeper = forks.join().expect("no panic");
+            raw::poll_readable(&mut [raw::pollfd(reaper.as_raw_fd())], SOON);
+            assert!(is_readable(&reaper), "nothing tells of it any more");
+            assert_eq!(only(&reaper, &unknown).pid.cast_signed(), pid);
+            kill(sleeper, libc::SIGKILL);
+        });
+        no_zombie_left();
+    });
+}

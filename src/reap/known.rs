@@ -74,10 +74,16 @@ pub(crate) struct Children {
     by_pid: Mutex<BTreeMap<u32, Known>>,
     /// Forks whose child may be dead before it is known here.
     under_way: AtomicU32,
+    /// Some found a stranger meanwhile, and could not tell.
+    strangers_wait: AtomicBool,
 }
 
 static CHILDREN: PerProcess<Children> =
-    PerProcess::new(|| Children { by_pid: Mutex::new(BTreeMap::new()), under_way: AtomicU32::new(0) });
+    PerProcess::new(|| Children {
+        by_pid: Mutex::new(BTreeMap::new()),
+        under_way: AtomicU32::new(0),
+        strangers_wait: AtomicBool::new(false),
+    });
 
 pub(crate) fn children() -> &'static Children {
     CHILDREN.get()
@@ -206,10 +212,17 @@ impl Children {
         }
     }
 
+    /// The last look for strangers came while a fork was under way, and there may be some.
+    pub(crate) fn strangers_wait(&self) -> bool {
+        self.strangers_wait.load(Ordering::Relaxed)
+    }
+
     /// Those whom nobody will come for, once no fork is under way.
     pub(crate) fn strangers(&self) -> Vec<(u32, Record)> {
         let mut all = self.by_pid.lock();
-        if self.under_way.load(Ordering::Acquire) != 0 {
+        let wait = self.under_way.load(Ordering::Acquire) != 0;
+        self.strangers_wait.store(wait && all.values().any(|k| k.holder == Holder::Nobody), Ordering::Relaxed);
+        if wait {
             return Vec::new();
         }
         let pids: Vec<u32> = all.iter().filter(|(_, k)| k.holder == Holder::Nobody).map(|(&pid, _)| pid).collect();

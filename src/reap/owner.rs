@@ -12,6 +12,7 @@ use std::error::Error;
 use std::fmt;
 use std::io;
 use std::os::unix::process::ExitStatusExt as _;
+use std::panic::{AssertUnwindSafe, catch_unwind, resume_unwind};
 use std::process::ExitStatus;
 use std::sync::Arc;
 use std::time::Duration;
@@ -61,6 +62,11 @@ impl Owner {
     pub(crate) fn reaps_itself(&self) -> bool {
         self.mode != SigchldOwner::MainLoop
     }
+
+    /// A stranger was found that might be the child of a fork under way, and nothing tells of the end of that.
+    pub(crate) fn has_to_look_again(&self) -> bool {
+        self.mode.reaps_all() && children().strangers_wait()
+    }
 }
 
 /// What a callback of [`Reaper::on_unknown`] makes of a child.
@@ -71,7 +77,8 @@ pub enum Claim {
     Mine,
     /// It is not: others are asked, and if nobody claims it, that is reported on fd 2.
     NotMine,
-    /// It should not exist: [`Reaper::dispatch`] fails with this.
+    /// It should not exist: [`Reaper::dispatch`] fails with this once all were asked about (with the first; the others are
+    /// reported on fd 2).
     Disaster(Box<dyn Error + Send + Sync>),
 }
 
@@ -241,13 +248,14 @@ pub(crate) fn before_dispatch(shared: &Arc<Shared>) -> io::Result<()> {
         }
     }
     if mode.reaps_all() {
-        let displaced = reap_all()?;
-        for (pid, record) in displaced.into_iter().chain(children().strangers()) {
-            offer(pid, record)?;
-        }
+        let mut found = Vec::new();
+        let reaped = reap_all(&mut found);
+        found.extend(children().strangers());
+        offer_all(found)?;
+        reaped?;
     } else if mode == SigchldOwner::Selective && sigchld::was_ignored() {
         // Without our handler the kernel would have thrown these away.
-        drop(reap_all()?);
+        reap_all(&mut Vec::new())?;
         drop(children().strangers());
     } else if mode == SigchldOwner::MainLoop {
         // Those were refused already.
@@ -257,18 +265,38 @@ pub(crate) fn before_dispatch(shared: &Arc<Shared>) -> io::Result<()> {
 }
 
 /// Reaps every child of this process that has ended. What carefork knows goes to its holder, when that asks; strangers wait in
-/// `known`, but for those whose number another's status lies under.
-fn reap_all() -> io::Result<Vec<(u32, Record)>> {
-    let mut displaced = Vec::new();
+/// `known`, but for those whose number another's status lies under: they are `displaced`.
+fn reap_all(displaced: &mut Vec<(u32, Record)>) -> io::Result<()> {
     loop {
         match sys_reap::wait(sys_reap::Which::Any, sys_reap::How::Peek) {
             Ok(Some(ended)) => {
                 displaced.extend(children().reap_found(ended.pid)?.map(|record| (ended.pid, record)));
             }
-            Ok(None) => return Ok(displaced),
-            Err(e) if e.raw_os_error() == Some(libc::ECHILD) => return Ok(displaced),
+            Ok(None) => return Ok(()),
+            Err(e) if e.raw_os_error() == Some(libc::ECHILD) => return Ok(()),
             Err(e) => return Err(e),
         }
+    }
+}
+
+/// Each to whoever claims it. They are reaped, and nobody would find them again: so a callback that panics or says disaster keeps
+/// none of the others from being asked about.
+fn offer_all(found: Vec<(u32, Record)>) -> io::Result<()> {
+    let (mut disaster, mut panic) = (Ok(()), None);
+    for (pid, record) in found {
+        match catch_unwind(AssertUnwindSafe(|| offer(pid, record))) {
+            Ok(Ok(())) => {}
+            Ok(Err(e)) if disaster.is_ok() => disaster = Err(e),
+            Ok(Err(e)) => drop(sys::say(format!("carefork: child {pid}: {e}\n").as_bytes())),
+            Err(payload) if panic.is_none() => panic = Some(payload),
+            // Its message was printed, and dropping it may panic in turn.
+            #[allow(clippy::mem_forget)]
+            Err(payload) => std::mem::forget(payload),
+        }
+    }
+    match panic {
+        Some(payload) => resume_unwind(payload),
+        None => disaster,
     }
 }
 

@@ -47,9 +47,9 @@ impl Timer {
         }
     }
 
-    /// Sets the alarm by what there is to do. One load where there is nothing.
+    /// Sets the alarm by what there is to do.
     pub(crate) fn rearm(&self, shared: &Shared) {
-        let asking = shared.engine.is_asking() || orphans::is_asking();
+        let asking = shared.engine.is_asking() || orphans::is_asking() || shared.owner.lock().has_to_look_again();
         let mut inner = self.inner.lock();
         let now = clock::now();
         let grace = inner.grace.iter().map(|(when, _)| when.saturating_sub(now)).min();
