@@ -176,7 +176,14 @@ impl Children {
             // SAFETY: open as long as the entry is here, and the lock keeps it here.
             #[allow(unsafe_code)]
             let pidfd = unsafe { BorrowedFd::borrow_raw(known.pidfd) };
-            match told(sys_reap::wait(Which::Pidfd(pidfd), How::Now))? {
+            let waited = match sys_reap::wait(Which::Pidfd(pidfd), How::Now) {
+                // Linux 5.3, or a filter: by number, as its holder would. The number is its own, since no other child was given it.
+                Err(e) if matches!(e.raw_os_error(), Some(libc::EINVAL | libc::ENOSYS | libc::EPERM)) => {
+                    sys_reap::wait(Which::Pid(pid), How::Now)
+                }
+                waited => waited,
+            };
+            match told(waited)? {
                 Reaped::Record(record) => known.ended = Some(record),
                 Reaped::NotYet => {}
                 // Its holder will find out by the same means.
