@@ -101,6 +101,17 @@ pub(crate) fn reap() {
     }
 }
 
+/// Writes down those who came before anybody wanted it.
+pub(crate) fn write_down() {
+    if USED.load(Ordering::Relaxed) {
+        let orphans = ORPHANS.get();
+        orphans.waiting.lock().iter_mut().for_each(Body::write_down);
+        if let Some(engine) = orphans.engine.get() {
+            engine.write_down();
+        }
+    }
+}
+
 pub(crate) fn is_asking() -> bool {
     let asking = |o: &Orphans| o.any_waits.load(Ordering::Relaxed) || o.engine.get().is_some_and(Engine::is_asking);
     USED.load(Ordering::Relaxed) && asking(ORPHANS.get())

@@ -5,6 +5,7 @@
 
 use super::exit::{Ending, Exit, Record};
 use super::known::{self, HandedIn, Holder, children};
+use super::orphans;
 use super::reaper::{self, Reaper, SIGCHLD, Shared};
 use super::sigchld::{self, Checked, Sigchld};
 use crate::{sys, sys_reap};
@@ -123,6 +124,7 @@ impl Reaper {
         if mode != SigchldOwner::Nobody {
             known::want();
             reaper::all().iter().for_each(|r| r.engine.write_down());
+            orphans::write_down();
         }
         let mut owner = shared.owner.lock();
         if shared.is_closed() {
