@@ -193,3 +193,88 @@ fn a_stranger_found_during_a_fork_is_told_of_after_it() {
         no_zombie_left();
     });
 }
+
+/// Children that were dropped before anybody owned the signal are carefork's, not strangers, at whatever moment they end.
+#[test]
+fn orphans_from_before_are_no_strangers() {
+    isolated("orphans_from_before_are_no_strangers", 120, || {
+        let orphans: Vec<_> = (0..200).map(|_| sleeper()).collect();
+        let pids: Vec<u32> = orphans.iter().map(carefork::Child::id).collect();
+        drop(orphans);
+        let reaper = owner(SigchldOwner::Always);
+        let unknown = strangers(&reaper);
+        thread::scope(|s| {
+            let killer = s.spawn(|| pids.iter().for_each(|&pid| kill(pid, libc::SIGKILL)));
+            while !killer.is_finished() {
+                reaper.dispatch().expect("dispatch");
+            }
+        });
+        no_zombie_left();
+        let strange: Vec<_> = unknown.try_iter().map(|exit| exit.to_string()).collect();
+        assert!(strange.is_empty(), "{strange:?}");
+        assert_no_child();
+    });
+}
+
+/// A leader that was asked to end takes its group with it, whoever reaps it.
+#[test]
+fn a_group_goes_with_its_leader_whoever_reaps_it() {
+    isolated("a_group_goes_with_its_leader_whoever_reaps_it", 60, || {
+        extern "C" fn shrug(_: i32) {}
+        let hour = Duration::from_secs(3600);
+        for mode in [SigchldOwner::Always, SigchldOwner::WhileChildren, SigchldOwner::Selective, SigchldOwner::MainLoop] {
+            let reaper = owner(mode);
+            let member = &kit::shared()[0];
+            let leader = forked(&ForkOptions::new().new_session(true), |token| {
+                drop(token);
+                let child = forked(&ForkOptions::new(), |_| {
+                    kit::catch(libc::SIGTERM, shrug);
+                    member.store(u64::from(raw::getpid().cast_unsigned()), SeqCst);
+                    loop {
+                        thread::sleep(Duration::from_secs(1));
+                    }
+                });
+                drop(child);
+                sleep_on()
+            });
+            while member.load(SeqCst) == 0 {
+                thread::yield_now();
+            }
+            let pid = leader.id();
+            let (watched, exits) = watch(&reaper, leader);
+            watched.terminate(hour).expect("ours");
+            if mode == SigchldOwner::MainLoop {
+                let mut status = 0;
+                // SAFETY: `status` is live.
+                assert_eq!(unsafe { libc::waitpid(pid.cast_signed(), &raw mut status, 0) }, pid.cast_signed());
+                reaper.reaped(pid, ExitStatus::from_raw(status)).expect("ours");
+            }
+            assert_eq!(only(&reaper, &exits).signal(), Some(libc::SIGTERM), "{mode:?}");
+            let stat = format!("/proc/{}/stat", member.load(SeqCst));
+            let end = Instant::now() + raw::patience(SOON);
+            while std::fs::read_to_string(&stat).is_ok_and(|stat| !stat.contains(") Z ")) {
+                assert!(Instant::now() < end, "{mode:?}: a member of the group lives on");
+                thread::yield_now();
+            }
+        }
+    });
+}
+
+/// Linux 5.3: pidfds, but no waiting by them.
+#[test]
+fn owners_where_pidfds_cannot_be_waited_by() {
+    let refuse = vec![Refuse::when(libc::SYS_waitid, 0, libc::P_PIDFD, libc::EINVAL)];
+    isolated_with("owners_where_pidfds_cannot_be_waited_by", 60, Setup { refuse, ..Setup::default() }, || {
+        let reaper = owner(SigchldOwner::Always);
+        let unknown = strangers(&reaper);
+        let (_, exits) = watch(&reaper, ends_with(3));
+        assert_eq!(only(&reaper, &exits).code(), Some(3));
+        let mut by_hand = ends_with(4);
+        wait_for_zombie(by_hand.id().cast_signed());
+        reaper.dispatch().expect("dispatch");
+        assert_eq!(by_hand.wait().expect("a status").code(), Some(4));
+        let pid = foreign(|| 7);
+        assert_eq!(only(&reaper, &unknown).pid.cast_signed(), pid);
+        assert_no_child();
+    });
+}

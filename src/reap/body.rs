@@ -114,9 +114,10 @@ impl Body {
         }
     }
 
-    /// Before it is reaped, as long as the group's number is its own.
+    /// When it has ended: before it is reaped, as long as the group's number is its own; and after somebody else has reaped it, if its
+    /// pidfd tells the group from others (Linux 6.9).
     pub(crate) fn end_group(&self) {
-        if self.ending && self.leads && self.is_zombie() {
+        if self.ending && self.leads && self.has_died() {
             // Nobody left is as good as killed.
             drop(self.signal_all(libc::SIGKILL));
         }

@@ -182,7 +182,7 @@ impl Child {
     /// Ends the child: SIGTERM (and SIGCONT, should it be stopped), and SIGKILL after `grace`.
     ///
     /// One that leads a session of its own takes its process group with it: what is left of the group when the leader has ended
-    /// or the grace is over gets SIGKILL.
+    /// or the grace is over gets SIGKILL. (Not before Linux 6.9 if another wait of this process has reaped the leader by then.)
     ///
     /// # Errors
     /// As for [`Child::wait`]. `TimedOut` if it has not ended five seconds after SIGKILL (a system call that cannot be

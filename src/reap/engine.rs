@@ -295,6 +295,7 @@ impl<T> Engine<T> {
         let taken = self.take_out(&mut table, key);
         drop(table);
         taken.map(|Entry { mut body, then, .. }| {
+            body.end_group();
             body.cross_out();
             (body.exit(record), then)
         })
