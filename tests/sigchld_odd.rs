@@ -102,9 +102,11 @@ fn a_handler_from_after_that_is_gone_is_in_nobodys_way() {
 #[test]
 fn a_handler_that_interrupts_goes_on_interrupting() {
     isolated("a_handler_that_interrupts_goes_on_interrupting", 60, || {
-        for (handler, flags, restarts) in
-            [(plain as *const () as usize, 0, false), (plain as *const () as usize, libc::SA_RESTART, true), (libc::SIG_DFL, 0, true)]
-        {
+        for (handler, flags, restarts) in [
+            (plain as *const () as usize, 0, false),
+            (plain as *const () as usize, libc::SA_RESTART, true),
+            (libc::SIG_DFL, 0, true),
+        ] {
             install(handler, flags);
             let reaper = owner(SigchldOwner::Always);
             assert_eq!(disposition(libc::SIGCHLD).1 & libc::SA_RESTART != 0, restarts);
@@ -222,7 +224,8 @@ fn a_group_goes_with_its_leader_whoever_reaps_it() {
     isolated("a_group_goes_with_its_leader_whoever_reaps_it", 60, || {
         extern "C" fn shrug(_: i32) {}
         let hour = Duration::from_secs(3600);
-        for mode in [SigchldOwner::Always, SigchldOwner::WhileChildren, SigchldOwner::Selective, SigchldOwner::MainLoop] {
+        for mode in [SigchldOwner::Always, SigchldOwner::WhileChildren, SigchldOwner::Selective, SigchldOwner::MainLoop]
+        {
             let reaper = owner(mode);
             let member = &kit::shared()[0];
             let leader = forked(&ForkOptions::new().new_session(true), |token| {
@@ -276,5 +279,35 @@ fn owners_where_pidfds_cannot_be_waited_by() {
         let pid = foreign(|| 7);
         assert_eq!(only(&reaper, &unknown).pid.cast_signed(), pid);
         assert_no_child();
+    });
+}
+
+/// A callback for strangers that owns a handle keeps the reaper no longer than it is closed.
+#[test]
+fn a_closed_reaper_lets_go_of_its_callback() {
+    isolated("a_closed_reaper_lets_go_of_its_callback", 60, || {
+        let fds = common::self_fds().as_slice().len();
+        let held = Arc::new(());
+        let reaper = owner(SigchldOwner::Always);
+        let (inner, kept) = (reaper.clone(), Arc::clone(&held));
+        reaper.on_unknown(move |_| {
+            let _kept = &kept;
+            assert!(!inner.is_empty());
+            Claim::NotMine
+        });
+        reaper.close();
+        drop(reaper);
+        assert_eq!(Arc::strong_count(&held), 1);
+        // But the handler's pair, which stays, and the orphans' epoll.
+        assert!(common::self_fds().as_slice().len() <= fds + 3);
+        let again = Reaper::new().expect("a reaper");
+        again.close();
+        let kept = Arc::clone(&held);
+        again.on_unknown(move |_| {
+            let _kept = &kept;
+            Claim::Mine
+        });
+        assert_eq!(Arc::strong_count(&held), 1);
+        run_until(&again, || true);
     });
 }

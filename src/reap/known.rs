@@ -78,12 +78,11 @@ pub(crate) struct Children {
     strangers_wait: AtomicBool,
 }
 
-static CHILDREN: PerProcess<Children> =
-    PerProcess::new(|| Children {
-        by_pid: Mutex::new(BTreeMap::new()),
-        under_way: AtomicU32::new(0),
-        strangers_wait: AtomicBool::new(false),
-    });
+static CHILDREN: PerProcess<Children> = PerProcess::new(|| Children {
+    by_pid: Mutex::new(BTreeMap::new()),
+    under_way: AtomicU32::new(0),
+    strangers_wait: AtomicBool::new(false),
+});
 
 pub(crate) fn children() -> &'static Children {
     CHILDREN.get()

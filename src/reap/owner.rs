@@ -141,10 +141,17 @@ impl Reaper {
 
     /// Who is asked about children that ended and are not carefork's, when this reaper reaps every child; the status was taken
     /// by then. Runs in a dispatch of any reaper, with no lock held, and may call back in. Reapers are asked in the order of their making.
+    ///
+    /// One that owns a handle of this reaper keeps it alive until [`Reaper::close`].
     pub fn on_unknown(&self, f: impl Fn(&Exit) -> Claim + Send + Sync + 'static) {
-        if self.shared().is_ours() {
+        let shared = self.shared();
+        if shared.is_ours() {
             let f: Arc<UnknownFn> = Arc::new(f);
-            let _old = self.shared().unknown.lock().replace(f);
+            let _old = shared.unknown.lock().replace(f);
+            if shared.is_closed() {
+                // Nobody will be asked, and nobody else would drop it.
+                let _unknown = shared.unknown.lock().take();
+            }
         }
     }
 

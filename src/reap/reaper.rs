@@ -177,7 +177,7 @@ impl Reaper {
     }
 
     /// Gives up: no callback runs any more, the children that are left are nobody's and are reaped once they end. For all
-    /// handles; done by the last one that is dropped.
+    /// handles; done by the last one that is dropped. A callback that another thread's dispatch has come to already is not waited for.
     pub fn close(&self) {
         self.shared().close();
     }
@@ -293,6 +293,8 @@ impl Shared {
             return;
         }
         owner::leave(self);
+        // It may own a handle of this reaper, which would keep it, and itself, for ever.
+        let _unknown = self.unknown.lock().take();
         self.channel.close();
         self.abandon();
         self.timer.ring();
