@@ -132,7 +132,8 @@ impl<'fd> ForkOptions<'fd> {
     /// Whether the parent watches the child by a pidfd; at first it does.
     ///
     /// Without one a fork of a small process takes a tenth less time (opening, checking and closing it), and waiting and killing go by
-    /// the child's number: as exact, unless something else in this process waits for children that are not its own.
+    /// the child's number: as exact, unless something else in this process waits for children that are not its own. Then a number that
+    /// came round again is noticed where carefork forked the second child, too, and not where foreign code did.
     pub fn pidfd(mut self, yes: bool) -> Self {
         self.pidfd = yes;
         self

@@ -257,3 +257,44 @@ fn a_number_that_comes_round_again_without_pidfds() {
         });
     });
 }
+
+/// The same by hand, where no reaper has ever asked for it; and when a reaper comes last.
+#[test]
+fn a_number_that_comes_round_again_without_a_reaper() {
+    isolated("a_number_that_comes_round_again_without_a_reaper", 60, || {
+        in_a_namespace(|| {
+            let by_number = ForkOptions::new().pidfd(false);
+            let mut first = child_with(300, &by_number, 1);
+            let second = child_with(301, &by_number, 2);
+            steal(300);
+            steal(301);
+            next_pid(300);
+            let mut again = asleep(2);
+            first.kill().expect("left alone");
+            assert!(first.wait_timeout(Duration::ZERO).is_err_and(|e| e.raw_os_error() == Some(libc::ECHILD)));
+            assert!(first.exit().is_some_and(carefork::Exit::is_lost));
+            let reaper = Reaper::new().expect("a reaper");
+            let (send, exits) = crossbeam_channel::unbounded();
+            let watched = reaper.watch(second, move |e| drop(send.send(e))).expect("watched");
+            watched.kill().expect("left alone");
+            reaper.dispatch().expect("dispatch");
+            assert!(exits.try_recv().expect("an end").is_lost());
+            for child in &mut again {
+                assert!(matches!(child.try_wait(), Ok(None)), "a signal went to a stranger");
+                child.kill().expect("ours");
+                assert_eq!(kit::code(child), -libc::SIGKILL);
+            }
+            // One whose number is its own is given a pidfd, and watched by it.
+            let third = child_with(300, &by_number, 3);
+            let (send, exits) = crossbeam_channel::unbounded();
+            reaper.watch(third, move |e| drop(send.send(e))).expect("watched");
+            let end = Instant::now() + raw::patience(SOON);
+            while exits.is_empty() {
+                assert!(Instant::now() < end, "nothing came");
+                raw::poll_readable(&mut [raw::pollfd(reaper.as_raw_fd())], SOON);
+                reaper.dispatch().expect("dispatch");
+            }
+            assert_eq!(exits.try_recv().expect("one").code(), Some(3));
+        });
+    });
+}

@@ -39,6 +39,10 @@ impl Body {
 
     fn with(pid: u32, pidfd: Option<CareFd<OwnedFd>>) -> Self {
         let generation = runtime::generation();
+        if pidfd.is_none() {
+            // Only what is forked from now on can tell whether the number is still this child's.
+            known::want();
+        }
         let mut body =
             Body { pid, pidfd, leads: false, ending: false, known: false, start: clock::now(), generation, name: None };
         if known::is_wanted() {
@@ -109,8 +113,11 @@ impl Body {
 
     /// For a holder that has to hear of the end: one that was forked without is given a pidfd now, where there are any.
     pub(crate) fn want_pidfd(&mut self) {
-        if self.pidfd.is_none() && !self.known && self.is_ours() {
+        if self.pidfd.is_none() && self.is_ours() && self.is_not_another() {
             self.pidfd = watch(self.pid);
+            if let (true, Some(fd)) = (self.known, self.pidfd()) {
+                children().watched(self.pid, self.start, fd.as_raw_fd());
+            }
         }
     }
 
@@ -268,6 +275,15 @@ impl Body {
     pub(crate) fn exit(&mut self, record: Record) -> Exit {
         let ran = Duration::from_nanos(record.seen.saturating_sub(self.start));
         Exit { pid: self.pid, name: self.name.take(), status: record.status, ran, usage: record.usage }
+    }
+}
+
+impl Drop for Body {
+    fn drop(&mut self) {
+        // The entry there has the pidfd's number, which is about to be closed.
+        if self.known && self.is_ours() {
+            self.cross_out();
+        }
     }
 }
 

@@ -5,7 +5,7 @@
 //! this process forked another with it since?
 //!
 //! The default needs none of them: a pidfd is all that a child needs. So nothing is kept, and a fork allocates nothing, until a
-//! reaper owns SIGCHLD or watches a child without a pidfd ([`want`]); from then on, for good.
+//! reaper owns SIGCHLD or a child has no pidfd ([`want`]); from then on, for good.
 
 use super::exit::Record;
 use super::per_process::PerProcess;
@@ -20,7 +20,9 @@ static WANTED: AtomicBool = AtomicBool::new(false);
 
 /// From now on children are written down.
 pub(crate) fn want() {
-    WANTED.store(true, Ordering::SeqCst);
+    if !is_wanted() {
+        WANTED.store(true, Ordering::SeqCst);
+    }
 }
 
 pub(crate) fn is_wanted() -> bool {
@@ -137,6 +139,13 @@ impl Children {
     /// The child's number has not become another's, as far as this process knows.
     pub(crate) fn is(&self, pid: u32, start: u64) -> bool {
         self.by_pid.lock().get(&pid).is_some_and(|k| k.start == start)
+    }
+
+    /// It was given a pidfd.
+    pub(crate) fn watched(&self, pid: u32, start: u64, pidfd: RawFd) {
+        if let Some(known) = self.by_pid.lock().get_mut(&pid).filter(|k| k.start == start) {
+            known.pidfd = pidfd;
+        }
     }
 
     pub(crate) fn hold(&self, pid: u32, start: u64, holder: Holder) {
