@@ -228,13 +228,13 @@ impl<'fd> Command<'fd> {
         self
     }
 
-    /// The program leads a session of its own (setsid(2)).
+    /// The program leads a session of its own (setsid(2)), and with it a process group: [`Child::terminate`] ends that.
     pub fn session(&mut self, yes: bool) -> &mut Self {
         self.session = yes;
         self
     }
 
-    /// The process group to be in; 0 is a new one.
+    /// The process group to be in; 0 is a new one, which [`Child::terminate`] ends together with the program.
     pub fn process_group(&mut self, group: i32) -> &mut Self {
         self.process_group = Some(group);
         self
@@ -358,11 +358,13 @@ impl<'fd> Command<'fd> {
             // SAFETY: the promise of whoever called `pre_exec`.
             unsafe { exec_start::start_by_fork(&plan, self.timeout, &mut self.pre_exec) }
         };
-        let mut child = started.map_err(|why| match why {
+        let child = started.map_err(|why| match why {
             NotStarted::Fork(e) => CommandError::Fork(e),
             NotStarted::Pipe(e) => CommandError::step(Step::Pipe, e),
             NotStarted::Child(failure) => self.explain(&plan, failure),
         })?;
+        let name = Path::new(&self.program).file_name().map(OsStr::to_string_lossy);
+        let mut child = child.known_as(name.as_deref(), self.session || self.process_group == Some(0));
         streams.hand_over(&mut child);
         Ok(child)
     }

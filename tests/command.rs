@@ -633,3 +633,50 @@ fn programs_are_started_from_anywhere() {
         assert_eq!(kit::code(&mut child), 9);
     });
 }
+
+/// A program that leads a group takes it with it when it is asked to end, and is called by its name.
+#[test]
+fn a_programs_group_goes_with_it() {
+    isolated("a_programs_group_goes_with_it", 60, || {
+        use std::io::Read as _;
+        let script = "trap 'exit 3' TERM; (trap '' TERM; echo $BASHPID; exec sleep 1000) & wait";
+        let leads: [fn(&mut Command<'_>); 2] = [|c| drop(c.session(true)), |c| drop(c.process_group(0))];
+        for (lead, by_reaper) in leads.into_iter().flat_map(|lead| [(lead, false), (lead, true)]) {
+            let mut command = Command::new("bash");
+            command.args(["-c", script]).stdout(Stdio::piped());
+            lead(&mut command);
+            let mut child = command.spawn().expect("it starts");
+            let (mut said, pipe) = (Vec::new(), child.stdout.take().expect("piped"));
+            while !said.ends_with(b"\n") {
+                let mut byte = [0];
+                (&*pipe).read_exact(&mut byte).expect("a number");
+                said.extend(byte);
+            }
+            let exit = if by_reaper {
+                let reaper = Reaper::new().expect("a reaper");
+                let (tell, told) = std::sync::mpsc::channel();
+                let watched =
+                    reaper.watch(child, move |exit| tell.send(exit).expect("the test waits")).expect("watched");
+                watched.terminate(Duration::from_secs(3600)).expect("ours");
+                loop {
+                    reaper.dispatch().expect("dispatched");
+                    if let Ok(exit) = told.recv_timeout(Duration::from_millis(1)) {
+                        break exit;
+                    }
+                }
+            } else {
+                child.terminate(Duration::from_secs(3600)).expect("a status");
+                child.exit().expect("it ended").clone()
+            };
+            assert_eq!((exit.code(), exit.name.as_deref()), (Some(3), Some("bash")));
+            // The pipe's other end is in the member of the group alone.
+            let end = [raw::pollfd(std::os::fd::AsRawFd::as_raw_fd(&*pipe))];
+            raw::poll_readable(&mut { end }, raw::patience(kit::SOON));
+            let mut rest = [0];
+            let mut ends = end;
+            raw::poll_readable(&mut ends, Duration::ZERO);
+            assert_ne!(ends[0].revents, 0, "a member of the group lives on");
+            assert_eq!((&*pipe).read(&mut rest).expect("read"), 0);
+        }
+    });
+}

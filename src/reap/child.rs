@@ -92,7 +92,7 @@ impl Child {
         body.pid
     }
 
-    /// The name it was given ([`ForkOptions::name`](crate::ForkOptions::name)).
+    /// The name it was given ([`ForkOptions::name`](crate::ForkOptions::name)); a program's, without its directory.
     pub fn name(&self) -> Option<&str> {
         self.body.name.as_deref().or_else(|| self.exit.as_ref()?.name.as_deref())
     }
@@ -168,8 +168,9 @@ impl Child {
         if self.exit.is_some() { Ok(()) } else { self.body.signal(signal) }
     }
 
-    /// Sends a signal to the child and to all in its process group, if it leads a session of its own
-    /// ([`ForkOptions::new_session`](crate::ForkOptions::new_session)); else to the child. Nobody once the child was reaped: the group's
+    /// Sends a signal to the child and to all in its process group, if it was made to lead one
+    /// ([`ForkOptions::new_session`](crate::ForkOptions::new_session), [`Command::session`](crate::Command::session),
+    /// [`Command::process_group`](crate::Command::process_group) 0); else to the child. Nobody once the child was reaped: the group's
     /// number may be another's then.
     ///
     /// # Errors
@@ -181,8 +182,8 @@ impl Child {
 
     /// Ends the child: SIGTERM (and SIGCONT, should it be stopped), and SIGKILL after `grace`.
     ///
-    /// One that leads a session of its own takes its process group with it: what is left of the group when the leader has ended
-    /// or the grace is over gets SIGKILL. (Not before Linux 6.9 if another wait of this process has reaped the leader by then.)
+    /// One that was made to lead a process group ([`Child::signal_group`]) takes that with it: what is left of the group when the
+    /// leader has ended or the grace is over gets SIGKILL. (Not before Linux 6.9 if another wait of this process has reaped the leader by then.)
     ///
     /// # Errors
     /// As for [`Child::wait`]. `TimedOut` if it has not ended five seconds after SIGKILL (a system call that cannot be

@@ -23,7 +23,7 @@ use std::time::Duration;
 pub struct Exit {
     /// Its process id, which may be somebody else's by now.
     pub pid: u32,
-    /// The name it was given ([`ForkOptions::name`](crate::ForkOptions::name)).
+    /// The name it was given ([`ForkOptions::name`](crate::ForkOptions::name)); a program's, without its directory.
     pub name: Option<Box<str>>,
     /// How it ended.
     pub status: Ending,
