@@ -91,6 +91,9 @@ fn once(plan: &Plan, deadline: Option<u64>) -> Result<Result<Child, Failure>, No
         known::forget_thrown_away(pid);
     }
     start.end(opened);
+    if let (Ok(pid), Some(_)) = (cloned, failure) {
+        known::forget_thrown_away(pid);
+    }
     let pid = cloned.map_err(|errno| NotStarted::Fork(ForkError::Os(io::Error::from_raw_os_error(errno))))?;
     // One region from the registration that the child made to the `Child`'s own.
     let _region = no_forking();

@@ -311,3 +311,31 @@ fn a_closed_reaper_lets_go_of_its_callback() {
         run_until(&again, || true);
     });
 }
+
+/// A program that does not start is nobody's child, however soon an owner finds it.
+#[test]
+fn programs_that_do_not_start_are_no_strangers() {
+    isolated("programs_that_do_not_start_are_no_strangers", 120, || {
+        let reaper = owner(SigchldOwner::Always);
+        let unknown = strangers(&reaper);
+        let stop = kit::Stop::default();
+        thread::scope(|s| {
+            for _ in 0..2 {
+                s.spawn(|| {
+                    while !stop.is_set() {
+                        reaper.dispatch().expect("dispatch");
+                    }
+                });
+            }
+            let _stop = stop.on_drop();
+            for _ in 0..1000 {
+                let mut command = carefork::Command::new("/nonexistent");
+                assert!(command.timeout_never().spawn().is_err());
+            }
+        });
+        reaper.dispatch().expect("dispatch");
+        let strange: Vec<_> = unknown.try_iter().map(|exit| exit.to_string()).collect();
+        assert!(strange.is_empty(), "{} strangers: {strange:?}", strange.len());
+        assert_no_child();
+    });
+}
