@@ -747,15 +747,20 @@ fn turning_the_output_keeps_the_order() {
 #[test]
 fn an_old_output_is_closed_while_its_threads_idle() {
     let (a, b) = (Scratch::new("a"), Scratch::new("b"));
-    let logger = Builder::new().output(Output::file(&a.0).expect("a file")).build();
-    log_by(&logger, "record 0 0");
-    let open = || {
-        let fds = common::fds_of(common::raw::getpid()).expect("/proc");
-        fds.iter().filter(|(_, target)| *target == a.0).count()
-    };
-    assert_eq!(open(), 1);
-    logger.set_output(Output::file(&b.0).expect("a file"));
-    assert_eq!(open(), 0);
+    for builder in [Builder::new(), Builder::new().background(100)] {
+        let logger = builder.output(Output::file(&a.0).expect("a file")).build();
+        log_by(&logger, "record 0 0");
+        let open = || {
+            let fds = common::fds_of(common::raw::getpid()).expect("/proc");
+            fds.iter().filter(|(_, target)| *target == a.0).count()
+        };
+        assert_eq!(open(), 1);
+        logger.set_output(Output::file(&b.0).expect("a file"));
+        log_by(&logger, "record 0 1");
+        logger.flush();
+        assert_eq!(open(), 0);
+    }
+    assert_eq!(std::fs::read_to_string(&b.0).expect("written").lines().count(), 2);
 }
 
 /// Two loggers on one thread, record by record.

@@ -61,7 +61,7 @@ thread_local! {
 /// One process's side of it. In a child the parent's is neither used nor dropped.
 struct Here {
     sink: Arc<Sink>,
-    queue: Option<Queue>,
+    queue: Option<Arc<Queue>>,
     losses: Arc<Losses>,
     /// Does not wait for a full pipe: a child of a program that chose not to.
     hurried: bool,
@@ -100,7 +100,10 @@ impl Logger {
             if let Some(queue) = &here.queue
                 && queue.is_started()
             {
-                queue.send(Message::Turn(sink));
+                queue.send(Message::Turn(Arc::clone(&sink)));
+                // So that nothing but the thread, until it turns, keeps the old output open.
+                let (queue, losses) = (Some(Arc::clone(queue)), Arc::clone(&here.losses));
+                inner.replace(now, Arc::new(Here { sink, queue, losses, hurried: here.hurried }));
                 return;
             }
             losses = Arc::clone(&here.losses);
@@ -257,7 +260,7 @@ impl Here {
         let queue = background.map(|(capacity, when_full)| {
             let worker =
                 Worker { sink: Arc::clone(&sink), style: Arc::clone(style), mark, losses: Arc::clone(&losses) };
-            Queue::new(capacity, when_full, worker)
+            Arc::new(Queue::new(capacity, when_full, worker))
         });
         Arc::new(Here { sink, queue, losses, hurried: false })
     }

@@ -6,7 +6,7 @@
 use super::builder::WhenFull;
 use super::line::Style;
 use super::output::{Sink, Stopped};
-use crate::{OnceLock, sys};
+use crate::{Mutex, OnceLock, sys};
 use crossbeam_channel::{Receiver, Sender, bounded, unbounded};
 use std::io;
 use std::panic::{AssertUnwindSafe, catch_unwind};
@@ -92,7 +92,9 @@ pub(super) struct Queue {
     rx: Receiver<Message>,
     when_full: WhenFull,
     started: OnceLock<bool>,
-    worker: Worker,
+    /// The thread's side, until it is started: then nobody but the thread keeps its output open.
+    worker: Mutex<Option<Worker>>,
+    losses: Arc<Losses>,
 }
 
 impl Queue {
@@ -101,14 +103,16 @@ impl Queue {
             WhenFull::Block | WhenFull::Drop => bounded(capacity.max(1)),
             WhenFull::GrowTo(_) => unbounded(),
         };
-        Queue { tx, rx, when_full, started: OnceLock::new(), worker }
+        let losses = Arc::clone(&worker.losses);
+        Queue { tx, rx, when_full, started: OnceLock::new(), worker: Mutex::new(Some(worker)), losses }
     }
 
     /// Starts the thread if this is the first record; false if there can be none.
     pub(super) fn is_started(&self) -> bool {
         // The initialiser is a region: no fork finds the thread half started.
         *self.started.get_or_init(|| {
-            let (rx, worker) = (self.rx.clone(), self.worker.clone());
+            let Some(worker) = self.worker.lock().take() else { return false };
+            let rx = self.rx.clone();
             // The program's signal handlers are not for this thread.
             let mask = sys::block_all();
             let thread = std::thread::Builder::new().name("carefork-log".into()).spawn(move || worker.run(&rx));
@@ -131,7 +135,7 @@ impl Queue {
             WhenFull::GrowTo(most) => self.tx.len() >= most || self.tx.send(message).is_err(),
         };
         if full {
-            self.worker.losses.full();
+            self.losses.full();
         }
     }
 
@@ -150,7 +154,6 @@ impl Queue {
 }
 
 /// The thread's side.
-#[derive(Clone)]
 pub(super) struct Worker {
     pub(super) sink: Arc<Sink>,
     pub(super) style: Arc<Style>,
