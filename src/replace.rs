@@ -23,7 +23,8 @@ static REPLACEMENT: AtomicPtr<ForkReplacement> = AtomicPtr::new(std::ptr::null_m
 
 /// Has this crate's forks made by `replacement` from now on, or by libc again; children inherit it. From libxl's `fork_replacement`.
 ///
-/// Forks by foreign code are not touched. A few bytes are leaked each time.
+/// Forks by foreign code are not touched, nor is [`Command`](crate::Command), which makes no copy of this process (but with `pre_exec`). A
+/// few bytes are leaked each time.
 ///
 /// # Safety
 /// The function keeps to its contract: two copies of the calling thread's process, or -1. Between its call and its return no carefork
@@ -68,9 +69,13 @@ pub(crate) unsafe fn fork() -> io::Result<u32> {
             runtime::prepare_by_hand();
             // SAFETY: as above.
             let pid = answer(unsafe { f() });
-            match pid {
+            match &pid {
                 Ok(0) => runtime::child_by_hand(),
-                _ => runtime::parent_by_hand(),
+                // The handlers of a real fork are told by errno whether there is a child; what `f` leaves there says nothing.
+                made => {
+                    sys::set_errno(if made.is_ok() { 0 } else { libc::EAGAIN });
+                    runtime::parent_by_hand();
+                }
             }
             pid
         }

@@ -96,3 +96,31 @@ fn refused_and_failed() {
         raw::Line::new().text("done").send();
     });
 }
+
+/// Whether there is a child is what the replacement answers, not what it leaves in errno.
+#[test]
+fn errno_is_the_replacements_own() {
+    isolated("errno_is_the_replacements_own", 60, || {
+        unsafe fn careless() -> i32 {
+            // SAFETY: the caller's promise.
+            let pid = unsafe { cloned() };
+            nix::errno::Errno::set_raw(libc::EAGAIN);
+            pid
+        }
+        unsafe fn refuses() -> i32 {
+            nix::errno::Errno::set_raw(libc::EINVAL);
+            -1
+        }
+        let calls = Calls::new();
+        let _hook = calls.register("counted");
+        set(Some(ForkReplacement::Bare(careless)));
+        assert_eq!(code(&mut forked(&ForkOptions::new(), |_| 5)), 5);
+        assert_eq!(calls.ran(), Ran { prepare: 1, parent: 1, child: 1, cleanup: 1, ..Ran::default() });
+        set(Some(ForkReplacement::Bare(refuses)));
+        // SAFETY: there is no child.
+        let refused = unsafe { ForkOptions::new().fork() }.map(|_| ()).expect_err("no child");
+        assert!(matches!(refused, ForkError::Os(e) if e.raw_os_error() == Some(libc::EINVAL)));
+        assert_eq!(calls.ran(), Ran { prepare: 2, undo: 1, parent: 1, child: 1, cleanup: 1, ..Ran::default() });
+        assert_gate_open();
+    });
+}
