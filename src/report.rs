@@ -8,9 +8,11 @@ use crate::carefd::OnFork;
 use crate::columns::{COLUMNS, printable, shorten, span};
 use crate::durations::Durations;
 use crate::lineage::{Lineage, Stats, lineage, stats};
+use crate::region::no_forking;
 use crate::stdio::{self, Waiting};
 use crate::{registration, runtime};
 use std::fmt;
+use std::io;
 use std::os::fd::RawFd;
 use std::panic::Location;
 
@@ -124,8 +126,8 @@ fn children() -> Option<Vec<ChildEntry>> {
     let mut found = Vec::new();
     let mut seen = false;
     // Every task has the children that it made itself. One that ends meanwhile hands them to another.
-    for task in std::fs::read_dir("/proc/self/task").ok()?.flatten() {
-        let Ok(list) = std::fs::read_to_string(task.path().join("children")) else { continue };
+    for task in tasks().ok()? {
+        let Ok(list) = audit::slurp(&format!("/proc/self/task/{task}/children")) else { continue };
         seen = true;
         found.extend(list.split_whitespace().filter_map(|pid| ChildEntry::of(pid.parse().ok()?)));
     }
@@ -134,11 +136,16 @@ fn children() -> Option<Vec<ChildEntry>> {
     seen.then_some(found)
 }
 
+fn tasks() -> io::Result<Vec<String>> {
+    // What lists them cannot be a care-fd: instead no child gets it.
+    let _region = no_forking();
+    std::fs::read_dir("/proc/self/task")?.map(|entry| Ok(entry?.file_name().to_string_lossy().into_owned())).collect()
+}
+
 impl ChildEntry {
     /// `None` if it was waited for meanwhile.
     fn of(pid: u32) -> Option<Self> {
-        let stat = std::fs::read(format!("/proc/{pid}/stat")).ok()?;
-        let stat = String::from_utf8_lossy(&stat);
+        let stat = audit::slurp(&format!("/proc/{pid}/stat")).ok()?;
         // "pid (name) state parent ...": the name may hold brackets and blanks.
         let (head, tail) = stat.rsplit_once(')')?;
         let name = head.split_once('(')?.1.to_owned();

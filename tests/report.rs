@@ -299,3 +299,29 @@ fn a_forgotten_guard_is_found() {
         assert_eq!(report().regions, []);
     });
 }
+
+/// Whoever forks during a report leaves nothing of it in the child.
+#[test]
+fn children_get_nothing_of_the_reports_own() {
+    isolated("children_get_nothing_of_the_reports_own", 60, || {
+        let stop = kit::Stop::default();
+        let expected: Vec<_> = common::self_fds().as_slice().to_vec();
+        thread::scope(|s| {
+            let _stop = stop.on_drop();
+            s.spawn(|| {
+                while !stop.is_set() {
+                    drop(report());
+                }
+            });
+            for _ in 0..300 {
+                let pid = kit::foreign(|| {
+                    // SAFETY: no descriptor of a care-fd is used.
+                    check(1, unsafe { carefork::postfork_child_noexec() }.is_ok());
+                    check(2, common::self_fds().as_slice() == expected);
+                    0
+                });
+                assert_eq!(common::reap(pid, kit::SOON), common::Verdict::Exited(0));
+            }
+        });
+    });
+}

@@ -90,6 +90,11 @@ pub fn audit_of(pid: u32) -> io::Result<Audit> {
     if pid == std::process::id() { audit() } else { process::read(Some(pid)) }
 }
 
+/// The whole of a file of /proc, by a care-fd: no child that cleans up keeps it.
+pub(crate) fn slurp(path: &str) -> io::Result<String> {
+    process::slurp(path)
+}
+
 /// Each care-fd with what it leads to; `None` if it is not open, or there is no `/proc` to tell.
 pub(crate) fn care_fds() -> Vec<(RawFd, OnFork, Option<Descriptor>)> {
     process::care_fds()

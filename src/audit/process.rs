@@ -261,7 +261,7 @@ fn gone_is_none<T>(r: io::Result<T>) -> io::Result<Option<T>> {
 }
 
 /// The whole of a file of /proc. A fork meanwhile does not wait; its child closes the file in its clean-up.
-fn slurp(path: &str) -> io::Result<String> {
+pub(super) fn slurp(path: &str) -> io::Result<String> {
     let file = CareFd::open(|| File::open(path))?;
     let mut bytes = Vec::new();
     (&*file).read_to_end(&mut bytes)?;
