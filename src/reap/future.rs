@@ -4,6 +4,7 @@ use super::exit::Exit;
 use super::reaper::{Reaper, WatchError};
 use crate::locks::Mutex;
 use crate::reap::child::Child;
+use crate::runtime;
 use std::future::Future;
 use std::io;
 use std::pin::Pin;
@@ -23,6 +24,7 @@ struct State {
 #[must_use = "futures do nothing unless polled"]
 pub struct ExitFuture {
     state: Arc<Mutex<State>>,
+    generation: u64,
 }
 
 impl std::fmt::Debug for State {
@@ -56,15 +58,19 @@ impl Reaper {
         let state = Arc::new(Mutex::new(State::default()));
         let tell = Tell(Arc::clone(&state));
         self.watch(child, move |exit| tell.0.lock().exit = Some(exit))?;
-        Ok(ExitFuture { state })
+        Ok(ExitFuture { state, generation: runtime::generation() })
     }
 }
 
 impl Future for ExitFuture {
-    /// `BrokenPipe` if the reaper was closed before the child ended.
+    /// `BrokenPipe` if the reaper was closed before the child ended; ECHILD in a child of this process.
     type Output = io::Result<Exit>;
 
     fn poll(self: Pin<&mut Self>, context: &mut Context<'_>) -> Poll<Self::Output> {
+        if self.generation != runtime::generation() {
+            // The callback is the parent's, and so may be whoever holds the lock.
+            return Poll::Ready(Err(io::Error::from_raw_os_error(libc::ECHILD)));
+        }
         let mut state = self.state.lock();
         if let Some(exit) = state.exit.take() {
             return Poll::Ready(Ok(exit));
