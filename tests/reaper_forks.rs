@@ -328,3 +328,54 @@ fn forks_beside_a_busy_reaper() {
         assert_no_child();
     });
 }
+
+/// C6: a future of the parent's never comes true in a child, and says so.
+#[test]
+fn a_future_in_a_child_is_refused() {
+    isolated("a_future_in_a_child_is_refused", 60, || {
+        use std::future::Future as _;
+        use std::task::{Context, Poll, Waker};
+        let reaper = Reaper::new().expect("a reaper");
+        let child = sleeper();
+        let pid = child.id();
+        let mut end = Box::pin(reaper.exit_of(child).expect("watched"));
+        let mut poll = || end.as_mut().poll(&mut Context::from_waker(Waker::noop()));
+        assert!(poll().is_pending());
+        let mut child = forked(&ForkOptions::new(), |_| {
+            let refused = matches!(poll(), Poll::Ready(Err(e)) if e.raw_os_error() == Some(libc::ECHILD));
+            i32::from(!refused)
+        });
+        assert_eq!(kit::code(&mut child), 0);
+        assert!(poll().is_pending());
+        drop(reaper);
+        assert!(matches!(poll(), Poll::Ready(Err(e)) if e.kind() == std::io::ErrorKind::BrokenPipe));
+        kill(pid, libc::SIGKILL);
+        watching::no_zombie_left();
+    });
+}
+
+/// A grace period that is over before its time wakes nobody and is not kept.
+#[test]
+fn a_grace_period_ends_with_its_child() {
+    isolated("a_grace_period_ends_with_its_child", 60, || {
+        let reaper = Reaper::new().expect("a reaper");
+        let alarm = || {
+            let fds =
+                std::fs::read_dir("/proc/self/fd").expect("/proc").map(|entry| entry.expect("an entry").file_name());
+            let infos =
+                fds.filter_map(|fd| std::fs::read_to_string(format!("/proc/self/fdinfo/{}", fd.display())).ok());
+            infos.filter_map(|i| Some(i.split_once("it_value: ")?.1.lines().next()?.to_owned())).collect::<Vec<_>>()
+        };
+        let hour = Duration::from_secs(3600);
+        let (first, its) = watch(&reaper, sleeper());
+        let (second, others) = watch(&reaper, sleeper());
+        first.terminate(hour).expect("ours");
+        assert_ne!(alarm(), ["(0, 0)"]);
+        assert_eq!(only(&reaper, &its).signal(), Some(libc::SIGTERM));
+        assert_eq!(alarm(), ["(0, 0)"], "the alarm of a child that is gone");
+        second.terminate(hour).expect("ours");
+        assert_eq!(only(&reaper, &others).signal(), Some(libc::SIGTERM));
+        assert_eq!(alarm(), ["(0, 0)"]);
+        assert_no_child();
+    });
+}

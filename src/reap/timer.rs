@@ -6,6 +6,7 @@ use super::reaper::{self, Shared};
 use crate::carefd::CareFd;
 use crate::locks::Mutex;
 use crate::{clock, sys_reap};
+use std::collections::BTreeSet;
 use std::io;
 use std::os::fd::{AsFd, OwnedFd};
 use std::sync::atomic::{AtomicBool, Ordering};
@@ -21,17 +22,17 @@ pub(crate) struct Timer {
 
 struct Inner {
     fd: Option<CareFd<OwnedFd>>,
-    /// Who gets SIGKILL, and when.
-    grace: Vec<(u64, Key)>,
+    /// When somebody gets SIGKILL, and who.
+    grace: BTreeSet<(u64, Key)>,
 }
 
 impl Timer {
     pub(crate) fn new() -> Self {
-        Timer { armed: AtomicBool::new(false), inner: Mutex::new(Inner { fd: None, grace: Vec::new() }) }
+        Timer { armed: AtomicBool::new(false), inner: Mutex::new(Inner { fd: None, grace: BTreeSet::new() }) }
     }
 
     pub(crate) fn kill_at(&self, when: u64, key: Key) {
-        self.inner.lock().grace.push((when, key));
+        self.inner.lock().grace.insert((when, key));
     }
 
     /// Kills those whose time is up.
@@ -40,7 +41,7 @@ impl Timer {
             return;
         }
         let now = clock::now();
-        let due: Vec<_> = self.inner.lock().grace.extract_if(.., |(when, _)| *when <= now).collect();
+        let due: Vec<_> = self.inner.lock().grace.extract_if(..=(now, Key::MAX), |_| true).collect();
         for (_, key) in due {
             // Gone is as good as killed.
             shared.engine.with(key, |entry| drop(entry.body.signal_all(libc::SIGKILL)));
@@ -51,8 +52,13 @@ impl Timer {
     pub(crate) fn rearm(&self, shared: &Shared) {
         let asking = shared.engine.is_asking() || orphans::is_asking() || shared.owner.lock().has_to_look_again();
         let mut inner = self.inner.lock();
-        let now = clock::now();
-        let grace = inner.grace.iter().map(|(when, _)| when.saturating_sub(now)).min();
+        // Those whose child is gone: nobody is to be woken for them.
+        while let Some(&(_, key)) = inner.grace.first()
+            && shared.engine.with(key, |_| ()).is_none()
+        {
+            inner.grace.pop_first();
+        }
+        let grace = inner.grace.first().map(|(when, _)| when.saturating_sub(clock::now()));
         let next = grace.into_iter().chain(asking.then_some(ASK_EVERY)).min();
         if next.is_none() && !self.armed.load(Ordering::Relaxed) {
             return;

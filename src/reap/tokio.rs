@@ -40,7 +40,8 @@ impl<T: AsRawFd> Drop for Registered<T> {
 }
 
 impl Reaper {
-    /// Dispatches for as long as it is polled: `tokio::spawn` it once. Ends with the reaper.
+    /// Dispatches for as long as it is polled: `tokio::spawn` it once. Ends when the reaper is closed; it keeps a handle, so dropping
+    /// the others does not close it.
     ///
     /// # Errors
     /// As for [`Reaper::dispatch`]; as epoll_ctl(2).
