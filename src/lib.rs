@@ -54,6 +54,7 @@ mod hook;
 mod runtime;
 mod registration;
 mod region;
+mod threads;
 mod carefd;
 mod adapters;
 pub mod stdio;

@@ -6,7 +6,7 @@
 use super::builder::WhenFull;
 use super::line::Style;
 use super::output::{Sink, Stopped};
-use crate::{Mutex, OnceLock, sys};
+use crate::{Mutex, OnceLock, sys, threads};
 use crossbeam_channel::{Receiver, Sender, bounded, unbounded};
 use std::io;
 use std::panic::{AssertUnwindSafe, catch_unwind};
@@ -115,7 +115,7 @@ impl Queue {
             let rx = self.rx.clone();
             // The program's signal handlers are not for this thread.
             let mask = sys::block_all();
-            let thread = std::thread::Builder::new().name("carefork-log".into()).spawn(move || worker.run(&rx));
+            let thread = threads::start("carefork-log", (), move || worker.run(&rx));
             sys::set_mask(&mask);
             thread.is_ok()
         })

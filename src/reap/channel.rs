@@ -3,8 +3,7 @@
 use super::exit::Exit;
 use super::reaper::{Reaper, Shared};
 use crate::locks::Mutex;
-use crate::region::no_forking;
-use crate::sys;
+use crate::{sys, threads};
 use crossbeam_channel::{Receiver, Sender, unbounded};
 use std::io;
 use std::panic::{AssertUnwindSafe, catch_unwind};
@@ -48,7 +47,7 @@ impl Reaper {
     /// Where the endings of [`Reaper::send`]'s children arrive; for crossbeam's `select!`, beside other channels.
     ///
     /// The first call starts a thread that dispatches from then on, so no event loop is needed; callbacks of [`Reaper::watch`] run on
-    /// it too. All receivers share what arrives. When the reaper is closed they are disconnected, and the thread ends. A child
+    /// it too. Signals are blocked on it, and so they are in a child forked there, but for [`Signals::Reset`](crate::Signals::Reset). All receivers share what arrives. When the reaper is closed they are disconnected, and the thread ends. A child
     /// of this process must not use a receiver of its parent's: with a reaper of its own it gets one of its own.
     ///
     /// # Errors
@@ -87,9 +86,8 @@ impl Reaper {
 
 /// Its signals are blocked: handlers run on the program's own threads.
 fn start(shared: Arc<Shared>) -> io::Result<()> {
-    let _region = no_forking();
     let mask = sys::block_all();
-    let thread = thread::Builder::new().name("carefork-reaper".to_owned()).spawn(move || run(&shared));
+    let thread = threads::start("carefork-reaper", (), move || run(&shared));
     sys::set_mask(&mask);
     thread.map(drop)
 }

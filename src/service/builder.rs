@@ -5,13 +5,12 @@ use super::{Control, Inner, Line, RUNNING, Service, ServiceError};
 use crate::hook::Hook;
 use crate::locks::{Mutex, Own};
 use crate::registration::register;
-use crate::{region, runtime};
+use crate::{runtime, threads};
 use crossbeam_channel::bounded;
 use std::fmt;
 use std::io;
 use std::sync::Arc;
 use std::sync::atomic::AtomicU8;
-use std::thread;
 use std::time::Duration;
 
 /// What a [`Service`] does in a child that goes on without exec and has cleaned up.
@@ -161,8 +160,7 @@ impl<S: Send + 'static> ServiceBuilder<S> {
         Ok(Service { inner, registration })
     }
 
-    /// A thread and a channel for this process. Inside a region, one at a time (`Own`): no fork finds a thread half started, nor
-    /// the lock inside std that a starting thread takes, which later threads of the child would wait for.
+    /// A thread and a channel for this process. Inside a region, one at a time (`Own`).
     fn begin<M: Send + 'static>(
         &self,
         shared: &Mutex<Option<Arc<Mutex<Option<S>>>>>,
@@ -198,19 +196,8 @@ impl<S: Send + 'static> ServiceBuilder<S> {
             generation: runtime::generation(),
         };
         let (ends, end) = bounded(0);
-        let (begins, begun) = bounded::<()>(1);
-        let body = move || {
-            drop(begins);
-            worker.run_to_end();
-            // The thread's last steps take that lock of std's, too: this region lasts until it is gone (G7).
-            #[allow(clippy::mem_forget)]
-            std::mem::forget(region::no_forking());
-            drop(ends);
-        };
-        let thread = thread::Builder::new().name(service.to_owned()).spawn(body);
+        let thread = threads::start(service, ends, move || worker.run_to_end());
         let thread = thread.map_err(|error| ServiceError::Os { service, error })?;
-        // Ends by the drop.
-        let _ = begun.recv();
         // The one before, if any, is a ghost's, which holds on to it: it is not dropped by this.
         *shared.lock() = to_share;
         Ok(Line { messages, end, id: thread.thread().id(), thread: Mutex::new(Some(thread)) })
