@@ -21,6 +21,7 @@ pub(crate) enum Kind {
     Null,
     Piped,
     Own(OwnedFd),
+    Care(CareFd<OwnedFd>),
 }
 
 impl Stdio {
@@ -46,6 +47,16 @@ impl<T: Into<OwnedFd>> From<T> for Stdio {
     }
 }
 
+/// Stays a care-fd, for as long as the command has it: another program's output, say, from [`Child::stdout`].
+impl<T: AsFd + Into<OwnedFd>> From<CareFd<T>> for Stdio
+where
+    OwnedFd: From<T>,
+{
+    fn from(owner: CareFd<T>) -> Stdio {
+        Stdio(Kind::Care(owner.cast()))
+    }
+}
+
 /// What is open for the program's sake until it has started, and this process's ends of the pipes.
 #[derive(Debug, Default)]
 pub(crate) struct Streams {
@@ -55,6 +66,8 @@ pub(crate) struct Streams {
     stdin: Option<CareFd<PipeWriter>>,
     outputs: [Option<CareFd<PipeReader>>; 2],
 }
+
+const CLOSED_HERE: &str = "a standard stream is to be a care-fd that this child's clean-up has closed";
 
 /// Held, not looked at.
 #[derive(Debug)]
@@ -71,6 +84,10 @@ impl Streams {
             streams.given[n] = match kind {
                 Kind::Inherit => None,
                 Kind::Own(fd) => Some(fd.as_raw_fd()),
+                Kind::Care(fd) => match fd.get() {
+                    Some(fd) => Some(fd.as_raw_fd()),
+                    None => return Err(CommandError::Invalid(CLOSED_HERE.into())),
+                },
                 Kind::Null => Some(streams.null(n).map_err(|e| CommandError::step(Step::Null, e))?),
                 Kind::Piped => Some(streams.pipe(n).map_err(|e| CommandError::step(Step::Pipe, e))?),
             };

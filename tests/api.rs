@@ -221,6 +221,7 @@ fn functions_have_the_types_they_are_known_by() {
     let _: [for<'a> fn(&'a mut C, Stdio) -> &'a mut C; 3] = [Command::stdin, Command::stdout, Command::stderr];
     let _: [fn() -> Stdio; 3] = [Stdio::inherit, Stdio::null, Stdio::piped];
     let _: fn(File) -> Stdio = Stdio::from;
+    let _: fn(CareFd<io::PipeReader>) -> Stdio = Stdio::from;
     let _: [for<'a> fn(&'a mut C, u32) -> &'a mut C; 3] = [Command::uid, Command::gid, Command::umask];
     let _: for<'a> fn(&'a mut C, &[u32]) -> &'a mut C = Command::groups;
     let _: [for<'a> fn(&'a mut C, i32) -> &'a mut C; 2] = [Command::process_group, Command::death_signal];

@@ -680,3 +680,21 @@ fn a_programs_group_goes_with_it() {
         }
     });
 }
+
+/// One program's output is another's input, by the pipe that the first one's `Child` has.
+#[test]
+fn programs_in_a_row() {
+    isolated("programs_in_a_row", 30, || {
+        let mut first = sh("printf 'b\\na\\n'").stdout(Stdio::piped()).spawn().expect("it starts");
+        let pipe = first.stdout.take().expect("piped");
+        let mut second = Command::new("sort");
+        second.stdin(pipe);
+        // As long as the command has it, it is a care-fd.
+        let number = common::self_fds().as_slice().last().copied().expect("open");
+        let audit = carefork::audit().expect("an audit");
+        let care = audit.descriptors.iter().find(|d| d.number == number).expect("listed").care;
+        assert_eq!(care, carefork::audit::Care::On(carefork::OnFork::Cleanup));
+        assert_eq!(second.output().expect("it starts").stdout, b"a\nb\n");
+        assert!(first.wait().expect("a status").success());
+    });
+}
