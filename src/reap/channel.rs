@@ -96,11 +96,16 @@ fn run(shared: &Arc<Shared>) {
     while !shared.is_closed() {
         // A signal or an error ends the sleep as well: whatever it was, a dispatch looks.
         drop(sys::poll_in(shared.descriptor(), -1));
-        // A callback that panics has said so; the others are to be called still.
-        if let Ok(Err(e)) = catch_unwind(AssertUnwindSafe(|| shared.dispatch())) {
-            sys::say(format!("carefork: a reaper's thread cannot dispatch: {e}\n").as_bytes());
-            // Level-triggered: it would be tried again at once.
-            thread::sleep(Duration::from_millis(10));
+        match catch_unwind(AssertUnwindSafe(|| shared.dispatch())) {
+            Ok(Ok(_)) => {}
+            Ok(Err(e)) => {
+                sys::say(format!("carefork: a reaper's thread cannot dispatch: {e}\n").as_bytes());
+                // Level-triggered: it would be tried again at once.
+                thread::sleep(Duration::from_millis(10));
+            }
+            // A callback that panics has said so, and the others are to be called still. Dropping what it threw may panic in turn.
+            #[allow(clippy::mem_forget)]
+            Err(payload) => std::mem::forget(payload),
         }
     }
 }
