@@ -268,7 +268,14 @@ fn by_channel() {
             let mut codes: Vec<_> = (1..20).map(|_| exits.recv_timeout(SOON).expect("an exit").code()).collect();
             codes.sort_unstable();
             assert_eq!(codes, (1..20).map(Some).collect::<Vec<_>>());
-            // A panic in a callback does not end the thread.
+            // A panic in a callback does not end the thread, nor does one in what it throws.
+            struct Bomb;
+            impl Drop for Bomb {
+                fn drop(&mut self) {
+                    panic!("as a test, again");
+                }
+            }
+            reaper.watch(ends_with(0), |_| std::panic::panic_any(Bomb)).expect("watched");
             reaper.watch(ends_with(0), |_| panic!("as a test")).expect("watched");
             reaper.send(ends_with(0)).expect("watched");
             assert!(exits.recv_timeout(SOON).expect("an exit").success());
@@ -377,5 +384,47 @@ fn a_grace_period_ends_with_its_child() {
         assert_eq!(only(&reaper, &others).signal(), Some(libc::SIGTERM));
         assert_eq!(alarm(), ["(0, 0)"]);
         assert_no_child();
+    });
+}
+
+/// C6: a child of the parent's is not for a reaper of the child's: it comes back, and the reaper works on.
+#[test]
+fn a_parents_child_is_not_to_be_watched() {
+    isolated("a_parents_child_is_not_to_be_watched", 60, || {
+        let [go, done] = [0, 1].map(|i| &kit::shared()[i]);
+        let parents = forked(&ForkOptions::new(), |_| {
+            while go.load(SeqCst) == 0 {
+                thread::yield_now();
+            }
+            0
+        });
+        let pid = parents.id();
+        let mut slot = Some(parents);
+        let mut child = forked(&ForkOptions::new(), |token| {
+            // Not cleaned up: the pidfd is there.
+            std::mem::forget(token);
+            let own = Reaper::new().expect("a reaper");
+            let Err(refused) = own.watch(slot.take().expect("there"), |_| ()) else { return 10 };
+            if refused.error.raw_os_error() != Some(libc::ECHILD)
+                || !refused.to_string().contains("another process's child")
+            {
+                return 11;
+            }
+            go.store(1, SeqCst);
+            while done.load(SeqCst) == 0 {
+                thread::yield_now();
+            }
+            let (_, exits) = watch(&own, ends_with(4));
+            i32::from(only(&own, &exits).code() != Some(4))
+        });
+        while !std::fs::read_to_string(format!("/proc/{pid}/stat")).expect("/proc").contains(") Z ") {
+            if let Ok(Some(status)) = child.try_wait() {
+                panic!("{status}");
+            }
+            thread::yield_now();
+        }
+        done.store(1, SeqCst);
+        assert_eq!(kit::code(&mut child), 0);
+        assert!(slot.expect("there").wait().expect("a status").success());
     });
 }

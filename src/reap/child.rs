@@ -72,6 +72,11 @@ impl Child {
         self
     }
 
+    /// Of this process, and not of one that it was forked from.
+    pub(crate) fn is_ours(&self) -> bool {
+        self.body.is_ours()
+    }
+
     /// The process id.
     pub fn id(&self) -> u32 {
         self.body.pid

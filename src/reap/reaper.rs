@@ -141,13 +141,13 @@ impl Reaper {
     /// runs in unwinds and the next one goes on. Pipes to a program that are still in `child` are closed: take them before.
     ///
     /// # Errors
-    /// [`WatchError`], with the child: the reaper is closed or the parent's, epoll has no room (ENOSPC, ENOMEM), or there is no
+    /// [`WatchError`], with the child: the reaper is closed or the parent's, the child is the parent's, epoll has no room (ENOSPC, ENOMEM), or there is no
     /// descriptor by which to hear of a child that has no pidfd (EMFILE).
     pub fn watch(&self, child: Child, then: impl FnOnce(Exit) + Send + 'static) -> Result<Watched, WatchError> {
         self.shared().add(child, Then::Call(Box::new(then)))
     }
 
-    /// Watches `child`; its [`Exit`] goes to the [`Reaper::receiver`].
+    /// Watches `child`; its [`Exit`] goes to the [`Reaper::receiver`], and is kept until somebody receives it or the reaper closes.
     ///
     /// # Errors
     /// As for [`Reaper::watch`].
@@ -209,6 +209,9 @@ impl Shared {
 
     fn add(self: &Arc<Self>, mut child: Child, then: Then) -> Result<Watched, WatchError> {
         if !self.is_ours() {
+            return Err(WatchError::new(child, io::Error::from_raw_os_error(libc::ECHILD)));
+        }
+        if !child.is_ours() {
             return Err(WatchError::new(child, io::Error::from_raw_os_error(libc::ECHILD)));
         }
         if self.is_closed() {
@@ -358,7 +361,10 @@ impl fmt::Display for WatchError {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         write!(f, "child {} cannot be watched: {}", self.child.id(), self.error)?;
         if self.error.raw_os_error() == Some(libc::ECHILD) {
-            f.write_str(" (the reaper is another process's; make one here)")?;
+            f.write_str(match self.child.is_ours() {
+                true => " (the reaper is another process's; make one here)",
+                false => " (it is another process's child: nobody's here)",
+            })?;
         }
         Ok(())
     }
