@@ -339,3 +339,56 @@ fn programs_that_do_not_start_are_no_strangers() {
         assert_no_child();
     });
 }
+
+/// Owners of different kinds beside each other: whoever looks first takes nothing from the one that wants every stranger.
+#[test]
+fn owners_beside_each_other() {
+    isolated("owners_beside_each_other", 60, || {
+        for (ignored, other) in [
+            (false, SigchldOwner::Selective),
+            (true, SigchldOwner::Selective),
+            (false, SigchldOwner::MainLoop),
+            (false, SigchldOwner::Nobody),
+        ] {
+            install(if ignored { libc::SIG_IGN } else { libc::SIG_DFL }, 0);
+            let reaper = owner(SigchldOwner::Always);
+            let unknown = strangers(&reaper);
+            let other = owner(other);
+            let pid = foreign(|| 7);
+            wait_for_zombie(pid);
+            other.dispatch().expect("dispatch");
+            if unknown.is_empty() {
+                raw::poll_readable(&mut [raw::pollfd(reaper.as_raw_fd())], SOON);
+                assert!(is_readable(&reaper), "nothing tells of it any more");
+            }
+            assert_eq!(only(&reaper, &unknown).pid.cast_signed(), pid);
+        }
+        // The same with one that was found during a fork.
+        for other in [SigchldOwner::Selective, SigchldOwner::MainLoop] {
+            let (reaper, other) = (owner(SigchldOwner::Always), owner(other));
+            let unknown = strangers(&reaper);
+            let pid = foreign(|| 7);
+            wait_for_zombie(pid);
+            let in_the_way = kit::InRegion::new("in the way");
+            let child = thread::scope(|s| {
+                let forks = s.spawn(|| forked(&ForkOptions::new().timeout_never(), |_| sleep_on()).id());
+                while carefork::try_no_forking().is_some() {
+                    thread::yield_now();
+                }
+                reaper.dispatch().expect("dispatch");
+                assert!(unknown.is_empty(), "the fork is not under way");
+                drop(in_the_way);
+                forks.join().expect("no panic")
+            });
+            other.dispatch().expect("dispatch");
+            assert!(other.reaped(1, ExitStatus::from_raw(0)).is_err());
+            if unknown.is_empty() {
+                raw::poll_readable(&mut [raw::pollfd(reaper.as_raw_fd())], SOON);
+                assert!(is_readable(&reaper), "nothing tells of it any more");
+            }
+            assert_eq!(only(&reaper, &unknown).pid.cast_signed(), pid);
+            kill(child, libc::SIGKILL);
+            no_zombie_left();
+        }
+    });
+}

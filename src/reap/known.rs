@@ -170,6 +170,14 @@ impl Children {
         }
     }
 
+    /// Nobody will come for that stranger, unless a fork is under way: then it is found again when that is over.
+    pub(crate) fn refuse(&self, pid: u32) {
+        let mut all = self.by_pid.lock();
+        if self.under_way.load(Ordering::Acquire) == 0 && all.get(&pid).is_some_and(|k| k.holder == Holder::Nobody) {
+            all.remove(&pid);
+        }
+    }
+
     pub(crate) fn holder(&self, pid: u32) -> Option<Holder> {
         self.by_pid.lock().get(&pid).map(|k| k.holder)
     }

@@ -66,7 +66,7 @@ impl Owner {
 
     /// A stranger was found that might be the child of a fork under way, and nothing tells of the end of that.
     pub(crate) fn has_to_look_again(&self) -> bool {
-        self.mode.reaps_all() && children().strangers_wait()
+        (self.holds || self.mode.reaps_all()) && children().strangers_wait()
     }
 }
 
@@ -186,7 +186,7 @@ impl Reaper {
             // A fork that is under way may have made it.
             None | Some(Holder::Nobody) => {
                 if ends && children().hand_in(pid, record) == HandedIn::Unknown {
-                    children().strangers();
+                    children().refuse(pid);
                 }
                 unknown
             }
@@ -256,7 +256,9 @@ pub(crate) fn before_dispatch(shared: &Arc<Shared>) -> io::Result<()> {
             }
         }
     }
-    if mode.reaps_all() {
+    // Whoever has drained the socket does what any owner wants: the others are not woken any more.
+    let somebody = || reaper::all().iter().any(|r| r.owner.lock().mode.reaps_all());
+    if mode.reaps_all() || holds && somebody() {
         let mut found = Vec::new();
         let reaped = reap_all(&mut found);
         found.extend(children().strangers());
@@ -266,7 +268,7 @@ pub(crate) fn before_dispatch(shared: &Arc<Shared>) -> io::Result<()> {
         // Without our handler the kernel would have thrown these away.
         reap_all(&mut Vec::new())?;
         drop(children().strangers());
-    } else if mode == SigchldOwner::MainLoop {
+    } else if mode == SigchldOwner::MainLoop && !somebody() {
         // Those were refused already.
         drop(children().strangers());
     }
