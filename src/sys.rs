@@ -518,7 +518,7 @@ pub(crate) fn kill(pid: u32, signal: i32) -> io::Result<()> {
 /// The kernel's own sigaction: a handler of 0 is the default. Eight words to the kernel, none through libc, whose copy costs
 /// a fresh child page faults.
 #[repr(C)]
-#[derive(Clone, Copy, Debug)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) struct KernelAction {
     pub(crate) handler: usize,
     pub(crate) flags: libc::c_ulong,

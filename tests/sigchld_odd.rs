@@ -392,3 +392,54 @@ fn owners_beside_each_other() {
         }
     });
 }
+
+/// Handlers of both kinds, one after the other, among signals that come all the time: each is called as what it is. And one that is for
+/// one signal only is called once.
+#[test]
+fn handlers_change_among_signals() {
+    extern "C" fn informed(signal: i32, info: *mut libc::siginfo_t, context: *mut libc::c_void) {
+        assert!(signal == libc::SIGCHLD && !context.is_null());
+        // SAFETY: the kernel's siginfo, for as long as the handler runs.
+        assert_eq!(unsafe { &*info }.si_signo, libc::SIGCHLD);
+        PLAIN.fetch_add(1, SeqCst);
+    }
+    isolated("handlers_change_among_signals", 60, || {
+        let stop = kit::Stop::default();
+        let reaper = Reaper::new().expect("a reaper");
+        thread::scope(|s| {
+            for _ in 0..2 {
+                s.spawn(|| {
+                    while !stop.is_set() {
+                        // SAFETY: to this thread.
+                        unsafe { libc::pthread_kill(libc::pthread_self(), libc::SIGCHLD) };
+                    }
+                });
+            }
+            let _stop = stop.on_drop();
+            for i in 0..2000 {
+                if i % 2 == 0 {
+                    install(plain as *const () as usize, libc::SA_RESTART);
+                } else {
+                    install(informed as *const () as usize, libc::SA_SIGINFO | libc::SA_RESTART);
+                }
+                let before = disposition(libc::SIGCHLD);
+                reaper.set_owner(SigchldOwner::Always).expect("owned");
+                reaper.set_owner(SigchldOwner::Nobody).expect("given up");
+                assert_eq!(disposition(libc::SIGCHLD), before);
+            }
+        });
+        for _ in 0..3 {
+            install(plain as *const () as usize, libc::SA_RESETHAND | libc::SA_RESTART);
+            let seen = PLAIN.load(SeqCst);
+            reaper.set_owner(SigchldOwner::Always).expect("owned");
+            for _ in 0..5 {
+                // SAFETY: to this thread.
+                unsafe { libc::pthread_kill(libc::pthread_self(), libc::SIGCHLD) };
+            }
+            assert_eq!(PLAIN.load(SeqCst), seen + 1);
+            reaper.set_owner(SigchldOwner::Nobody).expect("given up");
+            assert_eq!(disposition(libc::SIGCHLD).0, libc::SIG_DFL);
+        }
+        assert!(PLAIN.load(SeqCst) > 2000);
+    });
+}

@@ -8,9 +8,9 @@
 //! | the default or ignored, after that | out | the next user installs the handler: there is nobody to call it |
 //! | ours again, or of before | | the last user restores what was there, exactly |
 //!
-//! The handler takes no lock, allocates nothing and keeps errno; it reads statics that are written one by one, so it may find
-//! them half changed: the number it pokes is then not the socket that it should be, which it sees (fstat) and counts. In a child
-//! of the process that installed it, it only calls what was there before.
+//! The handler takes no lock, allocates nothing and keeps errno. What was there before it finds in one piece, behind one pointer; of its
+//! own socket it reads statics that are written one by one, so it may find them half changed: the number it pokes is then not the socket
+//! that it should be, which it sees (fstat) and counts. In a child of the process that installed it, it only calls what was there before.
 
 #![allow(unsafe_code)]
 
@@ -21,7 +21,7 @@ use crate::{runtime, sys, sys_reap};
 use std::io;
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd, IntoRawFd, OwnedFd};
 use std::os::unix::net::UnixDatagram;
-use std::sync::atomic::{AtomicBool, AtomicI32, AtomicU32, AtomicU64, AtomicUsize, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicI32, AtomicPtr, AtomicU32, AtomicU64, Ordering};
 
 use Ordering::{AcqRel, Acquire, Relaxed, Release};
 
@@ -36,11 +36,8 @@ struct Handler {
     inode: AtomicU64,
     /// Pokes that found something else under the number.
     missed: AtomicU32,
-    /// What was there before.
-    before: AtomicUsize,
-    before_flags: AtomicU64,
-    before_restorer: AtomicUsize,
-    before_mask: AtomicU64,
+    /// What was there before; null is the default. Leaked, and so of one piece whenever it is read.
+    before: AtomicPtr<Before>,
     /// Somebody's handler lies over ours. It is true in children, too.
     displaced: AtomicBool,
 }
@@ -52,12 +49,49 @@ static HANDLER: Handler = Handler {
     device: AtomicU64::new(0),
     inode: AtomicU64::new(0),
     missed: AtomicU32::new(0),
-    before: AtomicUsize::new(libc::SIG_DFL),
-    before_flags: AtomicU64::new(0),
-    before_restorer: AtomicUsize::new(0),
-    before_mask: AtomicU64::new(0),
+    before: AtomicPtr::new(std::ptr::null_mut()),
     displaced: AtomicBool::new(false),
 };
+
+/// A disposition that ours replaced.
+struct Before {
+    action: sys::KernelAction,
+    /// It was for one signal only (SA_RESETHAND), which has come.
+    spent: AtomicBool,
+}
+
+impl Before {
+    fn get() -> Option<&'static Before> {
+        // SAFETY: null, or leaked by `remember`.
+        unsafe { HANDLER.before.load(Acquire).as_ref() }
+    }
+
+    /// As the kernel has it now.
+    fn action(&self) -> sys::KernelAction {
+        let handler = if self.spent.load(Relaxed) { libc::SIG_DFL } else { self.action.handler };
+        sys::KernelAction { handler, ..self.action }
+    }
+
+    /// Async-signal-safe, if what was there is.
+    fn call(&self, signal: i32, info: *mut libc::siginfo_t, context: *mut libc::c_void) {
+        let (handler, flags) = (self.action.handler, self.action.flags as i32);
+        if handler == libc::SIG_DFL || handler == libc::SIG_IGN {
+            return;
+        }
+        if flags & libc::SA_RESETHAND != 0 && self.spent.swap(true, Relaxed) {
+            return;
+        }
+        if flags & libc::SA_SIGINFO == 0 {
+            // SAFETY: without SA_SIGINFO, neither SIG_DFL nor SIG_IGN: the kernel held it for a handler of this type.
+            let f: Plain = unsafe { std::mem::transmute(handler) };
+            f(signal);
+        } else {
+            // SAFETY: the same with SA_SIGINFO.
+            let f: Informed = unsafe { std::mem::transmute(handler) };
+            f(signal, info, context);
+        }
+    }
+}
 
 type Plain = extern "C" fn(i32);
 type Informed = extern "C" fn(i32, *mut libc::siginfo_t, *mut libc::c_void);
@@ -68,20 +102,8 @@ extern "C" fn on_sigchld(signal: i32, info: *mut libc::siginfo_t, context: *mut 
     if runtime::is_still(HANDLER.generation.load(Acquire)) && sys::getpid() == HANDLER.pid.load(Relaxed) {
         poke();
     }
-    let (before, flags) = (HANDLER.before.load(Acquire), HANDLER.before_flags.load(Relaxed) as i32);
-    if before != libc::SIG_DFL && before != libc::SIG_IGN {
-        if flags & libc::SA_RESETHAND != 0 {
-            HANDLER.before.store(libc::SIG_DFL, Release);
-        }
-        if flags & libc::SA_SIGINFO == 0 {
-            // SAFETY: without SA_SIGINFO, neither SIG_DFL nor SIG_IGN: the kernel held it for a handler of this type.
-            let f: Plain = unsafe { std::mem::transmute(before) };
-            f(signal);
-        } else {
-            // SAFETY: the same with SA_SIGINFO.
-            let f: Informed = unsafe { std::mem::transmute(before) };
-            f(signal, info, context);
-        }
+    if let Some(before) = Before::get() {
+        before.call(signal, info, context);
     }
     sys::set_errno(errno);
 }
@@ -179,11 +201,13 @@ fn is_ours(action: &sys::KernelAction) -> bool {
     action.handler == address()
 }
 
+/// A record is leaked for each disposition that is not the one from last time, since a handler may be reading that.
 fn remember(action: &sys::KernelAction) {
-    HANDLER.before_flags.store(action.flags, Relaxed);
-    HANDLER.before_restorer.store(action.restorer, Relaxed);
-    HANDLER.before_mask.store(action.mask, Relaxed);
-    HANDLER.before.store(action.handler, Release);
+    if Before::get().is_some_and(|before| before.action() == *action) {
+        return;
+    }
+    let before = Box::new(Before { action: *action, spent: AtomicBool::new(false) });
+    HANDLER.before.store(Box::into_raw(before), Release);
 }
 
 fn install() {
@@ -219,13 +243,9 @@ fn put_back() -> bool {
     if !is_ours(&current()) {
         return false;
     }
-    let before = sys::KernelAction {
-        handler: HANDLER.before.load(Acquire),
-        flags: HANDLER.before_flags.load(Relaxed),
-        restorer: HANDLER.before_restorer.load(Relaxed),
-        mask: HANDLER.before_mask.load(Relaxed),
-    };
-    sys::put_disposition(libc::SIGCHLD, &before);
+    if let Some(before) = Before::get() {
+        sys::put_disposition(libc::SIGCHLD, &before.action());
+    }
     true
 }
 
@@ -238,7 +258,8 @@ pub(crate) fn put_back_in_child() {
 
 /// Before there was a handler of ours, the kernel threw statuses away.
 pub(crate) fn was_ignored() -> bool {
-    HANDLER.before.load(Acquire) == libc::SIG_IGN || HANDLER.before_flags.load(Relaxed) as i32 & libc::SA_NOCLDWAIT != 0
+    let ignores = |a: &sys::KernelAction| a.handler == libc::SIG_IGN || a.flags as i32 & libc::SA_NOCLDWAIT != 0;
+    Before::get().is_some_and(|before| ignores(&before.action))
 }
 
 pub(crate) fn who() -> Sigchld {
