@@ -640,7 +640,8 @@ fn a_programs_group_goes_with_it() {
     isolated("a_programs_group_goes_with_it", 60, || {
         use std::io::Read as _;
         let script = "trap 'exit 3' TERM; (trap '' TERM; echo $BASHPID; exec sleep 1000) & wait";
-        let leads: [fn(&mut Command<'_>); 2] = [|c| drop(c.session(true)), |c| drop(c.process_group(0))];
+        let leads: [for<'a> fn(&'a mut Command<'static>) -> &'a mut Command<'static>; 2] =
+            [|c| c.session(true), |c| c.process_group(0)];
         for (lead, by_reaper) in leads.into_iter().flat_map(|lead| [(lead, false), (lead, true)]) {
             let mut command = Command::new("bash");
             command.args(["-c", script]).stdout(Stdio::piped());
