@@ -443,3 +443,30 @@ fn handlers_change_among_signals() {
         assert!(PLAIN.load(SeqCst) > 2000);
     });
 }
+
+/// A main loop that keeps its waits to itself is not woken for children without a pidfd, which somebody else would have to ask for; and
+/// they are asked for again when it gives that up.
+#[test]
+fn a_main_loop_sleeps_beside_children_without_pidfds() {
+    isolated_with("a_main_loop_sleeps_beside_children_without_pidfds", 60, watching::without_pidfds(), || {
+        let alarms = || {
+            let fds =
+                std::fs::read_dir("/proc/self/fd").expect("/proc").map(|entry| entry.expect("an entry").file_name());
+            let infos =
+                fds.filter_map(|fd| std::fs::read_to_string(format!("/proc/self/fdinfo/{}", fd.display())).ok());
+            infos.filter(|i| i.contains("it_value: ") && !i.contains("it_value: (0, 0)")).count()
+        };
+        let reaper = owner(SigchldOwner::MainLoop);
+        let (watched, exits) = watch(&reaper, sleeper());
+        assert_eq!(alarms(), 0);
+        reaper.dispatch().expect("dispatch");
+        assert_eq!(alarms(), 0);
+        reaper.set_owner(SigchldOwner::Nobody).expect("given up");
+        assert_eq!(alarms(), 1);
+        watched.kill().expect("ours");
+        raw::poll_readable(&mut [raw::pollfd(reaper.as_raw_fd())], SOON);
+        assert!(is_readable(&reaper), "nothing tells of it any more");
+        assert_eq!(only(&reaper, &exits).signal(), Some(libc::SIGKILL));
+        assert_no_child();
+    });
+}

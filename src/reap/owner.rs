@@ -136,7 +136,11 @@ impl Reaper {
             owner.mode = before;
             // To where they came from: there is an epoll there.
             drop(shared.engine.hide(before == SigchldOwner::MainLoop));
-        })
+        })?;
+        drop(owner);
+        // Children without a pidfd are asked for from now on, or not any more.
+        shared.timer.rearm(shared);
+        Ok(())
     }
 
     /// Who is asked about children that ended and are not carefork's, when this reaper reaps every child; the status was taken

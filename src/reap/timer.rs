@@ -50,7 +50,11 @@ impl Timer {
 
     /// Sets the alarm by what there is to do.
     pub(crate) fn rearm(&self, shared: &Shared) {
-        let asking = shared.engine.is_asking() || orphans::is_asking() || shared.owner.lock().has_to_look_again();
+        let asking = {
+            let owner = shared.owner.lock();
+            let children = shared.engine.is_asking() || orphans::is_asking();
+            children && owner.reaps_itself() || owner.has_to_look_again()
+        };
         let mut inner = self.inner.lock();
         // Those whose child is gone: nobody is to be woken for them.
         while let Some(&(_, key)) = inner.grace.first()
