@@ -88,7 +88,8 @@ pub struct Received {
 ///
 /// # Errors
 /// What recvmsg(2) says; [`WouldBlock`](io::ErrorKind::WouldBlock) at the socket's time-out or if it is non-blocking; ENOMEM from the
-/// registry: then the message is lost and its descriptors are closed.
+/// registry: then the message is lost and its descriptors are closed. [`InvalidInput`](io::ErrorKind::InvalidInput) for an empty `buf` on a
+/// stream, where nothing received would look like the end.
 ///
 /// # Panics
 /// If there is no memory for the first region of a new thread.
@@ -112,6 +113,10 @@ pub struct Received {
 #[track_caller]
 pub fn recv_fds(socket: impl AsFd, buf: &mut [u8], max: usize) -> io::Result<Received> {
     let socket = socket.as_fd();
+    if buf.is_empty() && sys_msg::socket_type(socket)? == libc::SOCK_STREAM {
+        let text = "an empty buffer gets nothing from a stream: make room for a byte, with which descriptors come";
+        return Err(io::Error::new(io::ErrorKind::InvalidInput, text));
+    }
     // Not inside the region: a region should be short.
     let mut fds = Vec::with_capacity(max.min(MAX_FDS));
     loop {

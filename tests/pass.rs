@@ -557,3 +557,16 @@ fn a_peer_that_is_killed_half_way_leaves_nothing_open() {
         assert_eq!(open_now(), before);
     });
 }
+
+/// Without room for a byte a stream gives nothing, which would be taken for its end.
+#[test]
+fn a_stream_is_not_read_without_room() {
+    let (a, b) = pair();
+    send_fds(&a, b"x", &[]).expect("sent");
+    let refused = recv_fds(&b, &mut [], 1).expect_err("no room");
+    assert_eq!(refused.kind(), io::ErrorKind::InvalidInput, "{refused}");
+    assert_eq!(recv_fds(&b, &mut [0; 4], 1).expect("received").len, 1);
+    let (a, b) = datagrams();
+    send_fds(&a, b"", &[a.as_fd()]).expect("sent");
+    assert_eq!(recv_fds(&b, &mut [], 1).expect("received").fds.len(), 1);
+}
