@@ -356,3 +356,20 @@ fn no_fork_comes_while_its_thread_begins_or_ends() {
         }
     });
 }
+
+/// An interval that is over at once takes no turn from messages.
+#[test]
+fn an_interval_of_nothing_lets_messages_through() {
+    isolated("an_interval_of_nothing_lets_messages_through", 30, || {
+        let service = Service::builder("busy", || 0u64)
+            .every(Duration::ZERO, |ran| *ran += 1)
+            .start(|ran, reply: Reply<u64>| reply.send(*ran))
+            .expect("a thread");
+        for _ in 0..100 {
+            service.call(|reply| reply).expect("an answer");
+        }
+        service.flush().expect("flushed");
+        assert!(service.call(|reply| reply).expect("an answer") > 0, "it never ran");
+        service.stop().expect("no panic");
+    });
+}

@@ -75,21 +75,31 @@ impl<S, M> Worker<S, M> {
         let mut due = self.due();
         loop {
             match self.next(due) {
-                Next::Item(Item::Message(message)) => self.handle(message),
-                Next::Item(Item::Flush(done)) => {
-                    self.regular();
-                    // Room for one; who does not wait any more does not want it.
-                    let _ = done.send(());
-                }
-                Next::Item(Item::Look) => {}
+                Next::Item(item) => self.item(item),
                 Next::Regular => {
                     self.regular();
                     due = self.due();
+                    // An interval that is over already must not keep messages from their turn.
+                    if let Ok(item) = self.received.try_recv() {
+                        self.item(item);
+                    }
                 }
                 Next::End => break,
             }
         }
         self.regular();
+    }
+
+    fn item(&mut self, item: Item<M>) {
+        match item {
+            Item::Message(message) => self.handle(message),
+            Item::Flush(done) => {
+                self.regular();
+                // Room for one; who does not wait any more does not want it.
+                let _ = done.send(());
+            }
+            Item::Look => {}
+        }
     }
 
     /// When `every`'s function is to run next; an interval past the end of time is never.
