@@ -403,7 +403,7 @@ fn handlers_change_among_signals() {
         assert_eq!(unsafe { &*info }.si_signo, libc::SIGCHLD);
         PLAIN.fetch_add(1, SeqCst);
     }
-    isolated("handlers_change_among_signals", 60, || {
+    isolated("handlers_change_among_signals", 120, || {
         let stop = kit::Stop::default();
         let reaper = Reaper::new().expect("a reaper");
         thread::scope(|s| {
