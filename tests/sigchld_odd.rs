@@ -38,6 +38,14 @@ fn install(handler: usize, flags: i32) {
     assert_eq!(unsafe { libc::sigaction(libc::SIGCHLD, &raw const action, std::ptr::null_mut()) }, 0);
 }
 
+/// To the calling thread.
+fn signal_here() {
+    // SAFETY: takes nothing.
+    let own = unsafe { libc::pthread_self() };
+    // SAFETY: a thread that runs.
+    unsafe { libc::pthread_kill(own, libc::SIGCHLD) };
+}
+
 fn owner(mode: SigchldOwner) -> Reaper {
     let reaper = Reaper::new().expect("a reaper");
     reaper.set_owner(mode).expect("owned");
@@ -410,8 +418,7 @@ fn handlers_change_among_signals() {
             for _ in 0..2 {
                 s.spawn(|| {
                     while !stop.is_set() {
-                        // SAFETY: to this thread.
-                        unsafe { libc::pthread_kill(libc::pthread_self(), libc::SIGCHLD) };
+                        signal_here();
                     }
                 });
             }
@@ -433,8 +440,7 @@ fn handlers_change_among_signals() {
             let seen = PLAIN.load(SeqCst);
             reaper.set_owner(SigchldOwner::Always).expect("owned");
             for _ in 0..5 {
-                // SAFETY: to this thread.
-                unsafe { libc::pthread_kill(libc::pthread_self(), libc::SIGCHLD) };
+                signal_here();
             }
             assert_eq!(PLAIN.load(SeqCst), seen + 1);
             reaper.set_owner(SigchldOwner::Nobody).expect("given up");
