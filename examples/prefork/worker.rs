@@ -1,22 +1,30 @@
-//! One worker: a loop that serves any number of connections until it is told to drain.
+//! One worker: a loop that serves the connections it is given. It may end at any instant, so ending takes no preparation.
 
-use mio::net::{TcpListener, TcpStream};
+use crate::board::Board;
+use crate::channel::{Channel, Message, READY};
+use crate::connection::Connection;
+use crate::faults::{Faults, Step};
+use crate::http::REQUEST;
+use crate::table::index;
+use carefork::CareFd;
 use mio::unix::SourceFd;
 use mio::{Events, Interest, Poll, Token};
 use nix::sys::signal::{SigSet, Signal};
 use nix::sys::signalfd::{SfdFlags, SignalFd};
-use std::collections::HashMap;
-use std::io::{self, ErrorKind, Read, Write};
-use std::os::fd::AsRawFd;
+use std::collections::{HashMap, VecDeque};
+use std::io::{self, ErrorKind};
+use std::os::fd::{AsFd, AsRawFd, OwnedFd};
 use std::time::Duration;
 
-const LISTENER: Token = Token(0);
+/// No connection's numbers.
+const CHANNEL: Token = Token(0);
 const TERM: Token = Token(1);
-const FIRST: usize = 2;
+/// While it drains, those who have nothing to ask are let go after a moment.
+const QUIET: Duration = Duration::from_millis(500);
 
 /// The worker's exit code.
-pub(crate) fn run(listener: &std::net::TcpListener) -> i32 {
-    match serve(listener) {
+pub(crate) fn run(channel: &Channel, board: &'static Board, faults: Faults) -> i32 {
+    match Worker::new(channel, board, faults).and_then(Worker::serve) {
         Ok(()) => 0,
         Err(e) => {
             eprintln!("worker {}: {e}", std::process::id());
@@ -25,108 +33,118 @@ pub(crate) fn run(listener: &std::net::TcpListener) -> i32 {
     }
 }
 
-fn serve(listener: &std::net::TcpListener) -> io::Result<()> {
-    let listener = TcpListener::from_std(listener.try_clone()?);
-    let mut term = SigSet::empty();
-    term.add(Signal::SIGTERM);
-    let term = SignalFd::with_flags(&term, SfdFlags::SFD_CLOEXEC | SfdFlags::SFD_NONBLOCK)?;
-    let mut poll = Poll::new()?;
-    let socket = listener.as_raw_fd();
-    poll.registry().register(&mut SourceFd(&socket), LISTENER, Interest::READABLE)?;
-    poll.registry().register(&mut SourceFd(&term.as_raw_fd()), TERM, Interest::READABLE)?;
-    let mut connections = HashMap::new();
-    let (mut next, mut draining) = (FIRST, false);
-    let mut events = Events::with_capacity(256);
-    while !(draining && connections.is_empty()) {
-        // Once it drains, those who have nothing to ask are let go after a moment.
-        let limit = draining.then_some(Duration::from_millis(500));
-        match poll.poll(&mut events, limit) {
-            Err(e) if e.kind() == ErrorKind::Interrupted => continue,
-            other => other?,
-        }
-        if draining && events.is_empty() {
-            break;
-        }
-        for event in &events {
-            match event.token() {
-                LISTENER if !draining => accept(&poll, &listener, &mut connections, &mut next)?,
-                LISTENER => {}
-                TERM => {
-                    draining = term.read_signal()?.is_some() || draining;
-                    poll.registry().deregister(&mut SourceFd(&socket))?;
-                }
-                token => {
-                    if let Some(connection) = connections.get_mut(&token)
-                        && !connection.turn(draining)
-                    {
-                        connections.remove(&token);
+struct Worker<'a> {
+    channel: &'a Channel,
+    board: &'static Board,
+    faults: Faults,
+    poll: Poll,
+    connections: HashMap<u64, Connection>,
+    /// For the master, as soon as there is room in the channel.
+    unsaid: VecDeque<u64>,
+    /// The master has hung up: nobody comes after those who are here.
+    draining: bool,
+    buffer: Vec<u8>,
+}
+
+impl<'a> Worker<'a> {
+    fn new(channel: &'a Channel, board: &'static Board, faults: Faults) -> io::Result<Worker<'a>> {
+        let poll = Poll::new()?;
+        let both = Interest::READABLE | Interest::WRITABLE;
+        poll.registry().register(&mut SourceFd(&channel.as_fd().as_raw_fd()), CHANNEL, both)?;
+        let (connections, unsaid) = (HashMap::new(), VecDeque::from([READY]));
+        let buffer = vec![0; REQUEST];
+        Ok(Worker { channel, board, faults, poll, connections, unsaid, draining: false, buffer })
+    }
+
+    fn serve(mut self) -> io::Result<()> {
+        let mut term = SigSet::empty();
+        term.add(Signal::SIGTERM);
+        let term = SignalFd::with_flags(&term, SfdFlags::SFD_CLOEXEC | SfdFlags::SFD_NONBLOCK)?;
+        self.poll.registry().register(&mut SourceFd(&term.as_raw_fd()), TERM, Interest::READABLE)?;
+        let mut events = Events::with_capacity(256);
+        self.speak();
+        while !(self.draining && self.connections.is_empty()) {
+            match self.poll.poll(&mut events, self.draining.then_some(QUIET)) {
+                Err(e) if e.kind() == ErrorKind::Interrupted => continue,
+                other => other?,
+            }
+            if self.draining && events.is_empty() {
+                break;
+            }
+            for event in &events {
+                match event.token() {
+                    CHANNEL => self.listen()?,
+                    TERM => {
+                        // Connections that are here are the master's too: another worker goes on with them. Only if the master wants no
+                        // more of them, they are served to their end.
+                        self.listen()?;
+                        if term.read_signal()?.is_some() && !self.draining {
+                            return Ok(());
+                        }
                     }
+                    Token(number) => self.turn(number as u64, event.is_read_closed()),
                 }
             }
+            self.speak();
         }
+        Ok(())
     }
-    Ok(())
-}
 
-/// Takes what is there: other workers take from the same queue.
-fn accept(
-    poll: &Poll,
-    listener: &TcpListener,
-    connections: &mut HashMap<Token, Connection>,
-    next: &mut usize,
-) -> io::Result<()> {
-    loop {
-        let mut stream = match listener.accept() {
-            Ok((stream, _)) => stream,
-            Err(e) if e.kind() == ErrorKind::WouldBlock => return Ok(()),
-            // Gone before it was accepted; out of descriptors: the others may do better.
-            Err(_) => return Ok(()),
-        };
-        let token = Token(*next);
-        *next += 1;
-        poll.registry().register(&mut stream, token, Interest::READABLE | Interest::WRITABLE)?;
-        connections.insert(token, Connection { stream, asked: Vec::new(), answer: Vec::new(), closing: false });
-    }
-}
-
-struct Connection {
-    stream: TcpStream,
-    asked: Vec<u8>,
-    answer: Vec<u8>,
-    closing: bool,
-}
-
-impl Connection {
-    /// Reads and answers as far as it goes without waiting; false when it is over.
-    fn turn(&mut self, draining: bool) -> bool {
-        let mut buffer = [0; 4096];
-        let open = loop {
-            match self.stream.read(&mut buffer) {
-                Ok(0) => break false,
-                Ok(n) => self.asked.extend(&buffer[..n]),
-                Err(e) if e.kind() == ErrorKind::WouldBlock => break true,
-                Err(e) if e.kind() == ErrorKind::Interrupted => {}
-                Err(_) => return false,
-            }
-        };
-        while !self.closing
-            && let Some(end) = self.asked.windows(4).position(|w| w == b"\r\n\r\n")
-        {
-            self.asked.drain(..end + 4);
-            let connection = if draining { "close" } else { "keep-alive" };
-            let body = format!("worker {}\n", std::process::id());
-            let head = format!("HTTP/1.1 200 OK\r\nContent-Length: {}\r\nConnection: {connection}\r\n\r\n", body.len());
-            self.answer.extend([head, body].concat().bytes());
-            self.closing = draining;
-        }
-        while !self.answer.is_empty() {
-            match self.stream.write(&self.answer) {
-                Ok(n) => drop(self.answer.drain(..n)),
-                Err(e) if e.kind() == ErrorKind::WouldBlock => return true,
-                Err(e) if e.kind() == ErrorKind::Interrupted => {}
-                Err(_) => return false,
+    /// All that the master has said.
+    fn listen(&mut self) -> io::Result<()> {
+        while !self.draining {
+            match self.channel.receive()? {
+                None => break,
+                Some(Message::End) => self.draining = true,
+                Some(Message::Connection(number, fd)) => self.begin(number, fd),
+                Some(Message::Number(_)) => {}
             }
         }
-        open && !self.closing
+        Ok(())
+    }
+
+    /// What the master has no room for waits: an event tells when there is some. If the master is gone, so is who needs to know.
+    fn speak(&mut self) {
+        while let Some(number) = self.unsaid.front() {
+            match self.channel.send(*number) {
+                Err(e) if e.kind() == ErrorKind::WouldBlock => return,
+                _ => drop(self.unsaid.pop_front()),
+            }
+        }
+    }
+
+    fn begin(&mut self, number: u64, fd: CareFd<OwnedFd>) {
+        let slot = self.board.slot(index(number));
+        slot.set_busy(true);
+        self.faults.pass(Step::Received);
+        let both = Interest::READABLE | Interest::WRITABLE;
+        let begun = Connection::new(number, fd, self.board).and_then(|connection| {
+            // What is there already is an event, too.
+            let token = Token(number as usize);
+            self.poll.registry().register(&mut SourceFd(&connection.as_raw_fd()), token, both)?;
+            Ok(connection)
+        });
+        match begun {
+            Ok(connection) => drop(self.connections.insert(number, connection)),
+            // Its peer left before it came here.
+            Err(_) => self.unsaid.push_back(number),
+        }
+        slot.set_busy(false);
+    }
+
+    fn turn(&mut self, number: u64, hung_up: bool) {
+        let Some(connection) = self.connections.get_mut(&number) else { return };
+        // If this worker dies before it says otherwise, it may have been because of this connection.
+        let slot = self.board.slot(index(number));
+        slot.set_busy(true);
+        connection.hung_up |= hung_up;
+        if !connection.turn(self.draining, &mut self.buffer, &self.faults) {
+            // An epoll watches what is open in any process, and the master has it open.
+            drop(self.poll.registry().deregister(&mut SourceFd(&connection.as_raw_fd())));
+            drop(self.connections.remove(&number));
+            self.faults.pass(Step::Closed);
+            self.unsaid.push_back(number);
+        }
+        slot.set_busy(false);
     }
 }
