@@ -28,6 +28,8 @@ pub(crate) struct Connection {
     /// The kernel's counters where the promise that stands began, or the next one will. Asked for once and counted since.
     counters: Counters,
     owed: Option<Owed>,
+    /// A request has begun to come.
+    asking: bool,
     /// The peer sends no more than has come.
     pub(crate) hung_up: bool,
     /// The last answer was sent; when the peer has closed too, it is over.
@@ -62,7 +64,7 @@ impl Connection {
                 last: promise.last,
             });
         }
-        let mut connection = Connection { stream, slot, counters, owed, hung_up: false, shut: false };
+        let mut connection = Connection { stream, slot, counters, owed, asking: false, hung_up: false, shut: false };
         if slot.deaths() >= MAX_DEATHS {
             connection.give_up();
         }
@@ -71,6 +73,11 @@ impl Connection {
 
     pub(crate) fn as_raw_fd(&self) -> RawFd {
         self.stream.as_raw_fd()
+    }
+
+    /// Nobody waits for an answer.
+    pub(crate) fn is_idle(&self) -> bool {
+        self.shut || !self.asking && self.owed.is_none()
     }
 
     /// Goes as far as it can without waiting; false when the connection is over.
@@ -112,6 +119,7 @@ impl Connection {
         if there == 0 {
             return Ok(false);
         }
+        self.asking = true;
         faults.pass(Step::Peeked);
         let (request, answer, last) = match http::parse(&buffer[..there]) {
             Parsed::Partial if self.hung_up => return Ok(false),
@@ -165,6 +173,7 @@ impl Connection {
             self.counters.written += owed.answer.len() as u64;
             self.counters.taken += owed.request as u64;
             self.slot.kept();
+            self.asking = false;
         }
     }
 

@@ -175,7 +175,7 @@ impl Master {
         println!("{exit}");
         self.hear(exit.pid)?;
         let Some(at) = self.workers.iter().position(|w| w.pid() == exit.pid) else { return Ok(()) };
-        let worker = self.workers.swap_remove(at);
+        let Worker { ready, .. } = self.workers.swap_remove(at);
         for number in self.table.of(exit.pid) {
             let slot = self.board.slot(index(number));
             slot.blame();
@@ -194,7 +194,7 @@ impl Master {
         if replaced {
             return self.next_old();
         }
-        self.failing += u32::from(!worker.ready);
+        self.failing += u32::from(!ready);
         if self.failing == TOO_MANY {
             return Err(format!("{TOO_MANY} workers in a row ended before they began, the last one: {exit}").into());
         }

@@ -19,7 +19,7 @@ use std::time::Duration;
 /// No connection's numbers.
 const CHANNEL: Token = Token(0);
 const TERM: Token = Token(1);
-/// While it drains, those who have nothing to ask are let go after a moment.
+/// While it drains, those who ask nothing are let go after a moment.
 const QUIET: Duration = Duration::from_millis(500);
 
 /// The worker's exit code.
@@ -62,13 +62,14 @@ impl<'a> Worker<'a> {
         let term = SignalFd::with_flags(&term, SfdFlags::SFD_CLOEXEC | SfdFlags::SFD_NONBLOCK)?;
         self.poll.registry().register(&mut SourceFd(&term.as_raw_fd()), TERM, Interest::READABLE)?;
         let mut events = Events::with_capacity(256);
+        self.faults.pass(Step::Begun);
         self.speak();
         while !(self.draining && self.connections.is_empty()) {
             match self.poll.poll(&mut events, self.draining.then_some(QUIET)) {
                 Err(e) if e.kind() == ErrorKind::Interrupted => continue,
                 other => other?,
             }
-            if self.draining && events.is_empty() {
+            if self.draining && events.is_empty() && self.connections.values().all(Connection::is_idle) {
                 break;
             }
             for event in &events {
@@ -97,7 +98,8 @@ impl<'a> Worker<'a> {
                 None => break,
                 Some(Message::End) => self.draining = true,
                 Some(Message::Connection(number, fd)) => self.begin(number, fd),
-                Some(Message::Number(_)) => {}
+                // The kernel dropped the descriptor: no room for one more here. Another worker will do.
+                Some(Message::Number(_)) => return Err(io::Error::other("a connection did not come")),
             }
         }
         Ok(())
