@@ -150,3 +150,21 @@ fn killed_in_the_middle_of_what_a_slow_client_does_not_read() {
     server.has_leaked_nothing_since(&before);
     server.end();
 }
+
+/// Urgent data are part of a request as any, and counted as any by who comes after.
+#[test]
+fn urgent_data() {
+    let server = Server::dying("taken/2");
+    let mut connection = Connection::new(&server.address);
+    for n in 0..10 {
+        let path = format!("/{n}");
+        let text = request(&path, "");
+        let (begin, end) = text.split_at(6);
+        connection.write_urgent(begin);
+        connection.write(end);
+        check(&connection.answer(), &path, false);
+    }
+    connection.shut();
+    connection.end();
+    server.end();
+}

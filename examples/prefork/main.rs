@@ -23,7 +23,9 @@
 //! | the master | its workers drain and end; who is in the listener's queue is lost. It parses nothing |
 //! | the machine | this is not a database |
 //!
-//! The work for an answer may be done twice, if a worker dies between doing it and promising: see `connection`.
+//! The work for an answer may be done twice, if a worker dies between doing it and promising: see `connection`. What a real server
+//! has besides and this one has not: time limits for clients that say nothing, and for workers that are stuck. With those a watchdog
+//! may simply kill them.
 //!
 //! | file | has |
 //! |---|---|

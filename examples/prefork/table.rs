@@ -40,7 +40,7 @@ impl Table {
         !self.free.is_empty()
     }
 
-    /// A new connection; it waits for a worker. None if there is no room.
+    /// A new connection; it waits for a worker. To be asked first: [`Table::has_room`].
     pub(crate) fn add(&mut self, stream: CareFd<TcpStream>) {
         let Some(index) = self.free.pop() else { return };
         self.round += 1;

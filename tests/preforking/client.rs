@@ -1,6 +1,7 @@
 //! A client that looks at each answer: the right one, whole, once. It panics at the first that is not.
 
 use super::LIMIT;
+use nix::sys::socket::{MsgFlags, send};
 use std::io::{ErrorKind, Read, Write};
 use std::net::{Shutdown, TcpStream};
 use std::os::fd::AsRawFd;
@@ -52,6 +53,12 @@ impl Connection {
 
     pub fn write(&mut self, text: &str) {
         self.stream.write_all(text.as_bytes()).expect("the request is taken");
+    }
+
+    /// As TCP's urgent data.
+    pub fn write_urgent(&mut self, text: &str) {
+        let sent = send(self.stream.as_raw_fd(), text.as_bytes(), MsgFlags::MSG_OOB);
+        assert_eq!(sent.expect("the request is taken"), text.len());
     }
 
     pub fn shut(&self) {
