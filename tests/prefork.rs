@@ -72,8 +72,7 @@ fn killed_workers_lose_nothing_of_connections_for_one_request() {
 fn killed_workers_answer_nothing_wrongly() {
     let mut server = Server::start();
     let before = server.idle_descriptors();
-    let address = server.address.clone();
-    let answers = client::ask(&address, &client::OF_EACH, || kill_them(&mut server));
+    let answers = client::ask(&mut server, &client::OF_EACH, kill_them);
     println!("{answers} answers");
     assert_eq!(server.killed(), KILLS, "{:#?}", server.said);
     server.has_leaked_nothing_since(&before);

@@ -11,8 +11,7 @@ use preforking::{Server, kill, until};
 fn dying_at(die: &str, uses: &[Use]) {
     const DEATHS: usize = 15;
     let mut server = Server::dying(die);
-    let address = server.address.clone();
-    let answers = client::ask(&address, uses, || {
+    let answers = client::ask(&mut server, uses, |server| {
         while server.killed() < DEATHS {
             server.line(|line| line.contains("] killed by SIGKILL"));
         }
@@ -151,7 +150,7 @@ fn killed_in_the_middle_of_what_a_slow_client_does_not_read() {
     server.end();
 }
 
-/// Urgent data are part of a request as any, and counted as any by who comes after.
+/// Urgent data are bytes as any, and counted as any by who comes after.
 #[test]
 fn urgent_data() {
     let server = Server::dying("taken/2");
@@ -159,7 +158,7 @@ fn urgent_data() {
     for n in 0..10 {
         let path = format!("/{n}");
         let text = request(&path, "");
-        let (begin, end) = text.split_at(6);
+        let (begin, end) = text.split_at(1);
         connection.write_urgent(begin);
         connection.write(end);
         check(&connection.answer(), &path, false);

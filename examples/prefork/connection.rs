@@ -123,7 +123,8 @@ impl Connection {
         faults.pass(Step::Peeked);
         let (request, answer, last) = match http::parse(&buffer[..there]) {
             Parsed::Partial if self.hung_up => return Ok(false),
-            // The rest brings another event.
+            // The rest brings another event. (A peek never goes past the mark of urgent data, so with that inside a request it has no
+            // whole. HTTP knows no such thing.)
             Parsed::Partial => return Err(ErrorKind::WouldBlock.into()),
             Parsed::Bad(status) => (there, http::response(status, "", false), true),
             Parsed::Request { length, path, keep_alive } => {

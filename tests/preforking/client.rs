@@ -1,10 +1,11 @@
 //! A client that looks at each answer: the right one, whole, once. It panics at the first that is not.
 
-use super::LIMIT;
+use super::{LIMIT, Server};
 use nix::sys::socket::{MsgFlags, send};
 use std::io::{ErrorKind, Read, Write};
 use std::net::{Shutdown, TcpStream};
 use std::os::fd::AsRawFd;
+use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering::Relaxed};
 use std::thread;
 use std::time::Duration;
@@ -177,14 +178,21 @@ fn one(address: &str, how: Use, client: usize, stop: &AtomicBool, answers: &Atom
 }
 
 /// A client for each of `uses` at work while `meanwhile` lasts; how many answers they had.
-pub fn ask(address: &str, uses: &[Use], meanwhile: impl FnOnce()) -> u64 {
+pub fn ask(server: &mut Server, uses: &[Use], meanwhile: impl FnOnce(&mut Server)) -> u64 {
     let (stop, answers) = (&AtomicBool::new(false), &AtomicU64::new(0));
+    let (address, failed) = (server.address.clone(), Arc::clone(&server.failed));
+    let (address, failed) = (&address, &failed);
     thread::scope(|scope| {
-        let uses = uses.iter().copied().enumerate();
-        let clients: Vec<_> = uses.map(|(n, how)| scope.spawn(move || one(address, how, n, stop, answers))).collect();
-        let _stop = Stop(stop);
-        meanwhile();
-        drop(_stop);
+        let work = |(client, how)| {
+            scope.spawn(move || {
+                let _failed = SetOnPanic(failed);
+                one(address, how, client, stop, answers);
+            })
+        };
+        let clients: Vec<_> = uses.iter().copied().enumerate().map(work).collect();
+        let stop = SetOnDrop(stop);
+        meanwhile(server);
+        drop(stop);
         for client in clients {
             client.join().expect("each answer is right");
         }
@@ -193,10 +201,21 @@ pub fn ask(address: &str, uses: &[Use], meanwhile: impl FnOnce()) -> u64 {
 }
 
 /// Also when `meanwhile` panics, the clients end.
-struct Stop<'a>(&'a AtomicBool);
+struct SetOnDrop<'a>(&'a AtomicBool);
 
-impl Drop for Stop<'_> {
+impl Drop for SetOnDrop<'_> {
     fn drop(&mut self) {
         self.0.store(true, Relaxed);
+    }
+}
+
+/// When a client panics, nobody waits for what the server says.
+struct SetOnPanic<'a>(&'a AtomicBool);
+
+impl Drop for SetOnPanic<'_> {
+    fn drop(&mut self) {
+        if thread::panicking() {
+            self.0.store(true, Relaxed);
+        }
     }
 }

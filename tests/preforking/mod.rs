@@ -17,7 +17,9 @@ pub mod wrk;
 use std::io::{BufRead, BufReader};
 use std::path::PathBuf;
 use std::process::{Child, Command, ExitStatus, Stdio};
-use std::sync::{OnceLock, mpsc};
+use std::sync::atomic::{AtomicBool, Ordering::Relaxed};
+use std::sync::mpsc::RecvTimeoutError;
+use std::sync::{Arc, OnceLock, mpsc};
 use std::thread;
 use std::time::{Duration, Instant};
 
@@ -30,6 +32,8 @@ pub struct Server {
     lines: mpsc::Receiver<String>,
     pub address: String,
     pub said: Vec<String>,
+    /// A client had a wrong answer, or none.
+    pub failed: Arc<AtomicBool>,
 }
 
 fn program() -> &'static PathBuf {
@@ -69,7 +73,7 @@ impl Server {
                 }
             }
         });
-        let mut server = Server { process, lines, address: String::new(), said: Vec::new() };
+        let mut server = Server { process, lines, address: String::new(), said: Vec::new(), failed: Arc::default() };
         let first = server.line(|line| line.starts_with("listening on "));
         server.address = first.split([' ', ',']).nth(2).expect("an address").to_owned();
         server
@@ -79,15 +83,18 @@ impl Server {
     pub fn line(&mut self, wanted: impl Fn(&str) -> bool) -> String {
         let end = Instant::now() + LIMIT;
         loop {
-            let left = end.saturating_duration_since(Instant::now());
-            match self.lines.recv_timeout(left) {
+            match self.lines.recv_timeout(Duration::from_millis(100)) {
                 Ok(line) => {
                     self.said.push(line.clone());
                     if wanted(&line) {
                         return line;
                     }
                 }
-                Err(e) => panic!("{e}; it said {:#?}", self.said),
+                Err(e) => {
+                    assert!(!self.failed.load(Relaxed), "a client failed; the server said {:#?}", self.said);
+                    let goes_on = e == RecvTimeoutError::Timeout && Instant::now() < end;
+                    assert!(goes_on, "{e}; the server said {:#?}", self.said);
+                }
             }
         }
     }
