@@ -32,14 +32,16 @@ pub fn load(server: &mut Server, header: Option<&str>, meanwhile: impl FnOnce(&m
     let text = String::from_utf8_lossy(&out.stdout).into_owned();
     println!("{text}");
     assert!(out.status.success(), "{text}");
-    let number = |before: &str| {
-        let rest = text.split_once(before).map_or("", |(_, rest)| rest);
-        rest.trim_start().split(|c: char| !c.is_ascii_digit()).next().and_then(|n| n.parse().ok()).unwrap_or(0)
+    // A line that is there only if there were some.
+    let errors = text.lines().find_map(|l| l.trim().strip_prefix("Socket errors:")).unwrap_or_default();
+    let number = |name: &str| {
+        let found = errors.split(',').find_map(|part| part.trim().strip_prefix(name));
+        found.map_or(0, |n| n.trim().parse().expect("a number"))
     };
     let requests = text.lines().find_map(|l| l.trim().split_once(" requests in")).expect("a count").0;
     Load {
         requests: requests.parse().expect("a number"),
-        errors: ["connect ", "read ", "write ", "timeout "].map(number),
+        errors: ["connect", "read", "write", "timeout"].map(number),
         strange: text.contains("Non-2xx"),
     }
 }
