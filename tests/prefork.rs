@@ -117,3 +117,39 @@ fn the_end_answers_who_has_asked() {
     idle.end();
     server.line(|line| line == "ended");
 }
+
+/// SIGTERM: who is silent is let go after a moment, who is in the middle of a request is not.
+#[test]
+fn the_end_waits_for_who_is_asking() {
+    let mut server = Server::start();
+    // On different workers, since each goes to the one with the least to do.
+    let [mut half, idle] = ["/half", "/idle"].map(|path| {
+        let mut connection = Connection::new(&server.address);
+        connection.write(&request(path, ""));
+        check(&connection.answer(), path, false);
+        connection
+    });
+    let text = request("/begun", "");
+    half.write(&text[..20]);
+    server.signal(libc::SIGTERM);
+    server.line(|line| line == "ending");
+    idle.end();
+    half.write(&text[20..]);
+    check(&half.answer(), "/begun", true);
+    half.end();
+    server.line(|line| line == "ended");
+}
+
+/// What nobody will read does not make the kernel drop the last answer, or the end after it.
+#[test]
+fn more_than_the_last_request_does_no_harm() {
+    let server = Server::start();
+    for n in 0..20 {
+        let path = format!("/{n}?bytes=15000");
+        let mut connection = Connection::new(&server.address);
+        connection.write(&[request(&path, "Connection: close\r\n"), request("/in-vain", "")].concat());
+        check(&connection.answer(), &path, true);
+        connection.end();
+    }
+    server.end();
+}

@@ -32,6 +32,9 @@ pub(crate) fn parse(bytes: &[u8]) -> Parsed {
         let found = request.headers.iter().find(|h| h.name.eq_ignore_ascii_case(name));
         found.map(|h| String::from_utf8_lossy(h.value).trim().to_ascii_lowercase())
     };
+    if !matches!(request.method, Some("GET" | "POST")) {
+        return Parsed::Bad("501 Not Implemented");
+    }
     if header("transfer-encoding").is_some() {
         return Parsed::Bad("411 Length Required");
     }

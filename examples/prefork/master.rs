@@ -16,7 +16,7 @@ use std::os::fd::{AsFd, BorrowedFd};
 use std::time::{Duration, Instant};
 
 /// How long a worker may take to end.
-const GRACE: Duration = Duration::from_secs(10);
+const GRACE: Duration = Duration::from_secs(30);
 /// So many workers in a row that end before they begin: the program is broken, not unlucky.
 const TOO_MANY: u32 = 5;
 /// Connections taken in before others have their turn.
