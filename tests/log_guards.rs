@@ -175,7 +175,14 @@ fn appender(lossy: bool, room: usize) {
         assert!(WRITTEN.load(SeqCst) == all || begun.elapsed() >= ITS_PATIENCE, "it did not wait for its thread");
         drive::until(|| WRITTEN.load(SeqCst) == all);
     };
-    let made = storm(FORKS, by_tracing, |i| {
+    // Threads that outrun the one that writes have their records dropped where that is asked for: they wait for it.
+    let sent = AtomicU64::new(0);
+    let record = |thread: usize, number: u64| {
+        drive::until(|| !lossy || sent.load(SeqCst) - WRITTEN.load(SeqCst).min(sent.load(SeqCst)) < room as u64 / 2);
+        sent.fetch_add(1, SeqCst);
+        by_tracing(thread, number);
+    };
+    let made = storm(FORKS, record, |i| {
         // What the parent had written by then was copied with it.
         let before = WRITTEN.load(SeqCst);
         by_tracing(CHILD, i.into());
