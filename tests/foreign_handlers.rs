@@ -246,8 +246,7 @@ fn fork_while_one_comes_to_the_gate(kind: Kind, child: impl FnOnce() -> i32) {
     fork_while_one_does(kind, || drop(no_forking()), child);
 }
 
-/// `at_gate` runs in another thread, between carefork's prepare handler and the fork, when the time that others have to wait is up.
-/// It stands still until then: nobody opens the gate but that thread.
+/// `at_gate` runs in another thread, between carefork's prepare handler and the fork. Time passes while it waits.
 fn fork_while_one_does(kind: Kind, at_gate: impl FnOnce() + Send, child: impl FnOnce() -> i32) {
     AT_GATE.store(0, SeqCst);
     THROUGH.store(false, SeqCst);
@@ -258,12 +257,14 @@ fn fork_while_one_does(kind: Kind, at_gate: impl FnOnce() + Send, child: impl Fn
         s.spawn(|| {
             until(|| AT_GATE.load(SeqCst) == 1);
             assert!(try_no_forking().is_none());
-            carefork::testing::advance(100 * MS);
             at_gate();
             THROUGH.store(true, SeqCst);
-            // One that gave way comes back after a rest; there is nobody at the gate then.
+        });
+        s.spawn(|| {
+            until(|| AT_GATE.load(SeqCst) == 1);
             until(|| {
-                carefork::testing::advance(MS / 50);
+                // One that gave way comes back after a rest; there is nobody at the gate then.
+                carefork::testing::advance(if THROUGH.load(SeqCst) { MS / 50 } else { MS });
                 forked.load(SeqCst)
             });
         });
@@ -323,8 +324,15 @@ fn what_is_registered_after_a_lost_commitment_is_left_alone() {
 
 #[test]
 fn a_gate_reopened_after_the_fork_costs_nothing() {
+    /// The child has come through its handlers, long ago.
+    fn after_the_childs_end() {
+        let mut info = std::mem::MaybeUninit::<libc::siginfo_t>::uninit();
+        // SAFETY: room for the answer. The child is left to be reaped.
+        unsafe { libc::waitid(libc::P_ALL, 0, info.as_mut_ptr(), libc::WEXITED | libc::WNOWAIT) };
+        waits_for_a_thread_at_the_gate();
+    }
     isolated("a_gate_reopened_after_the_fork_costs_nothing", 30, || {
-        early([nothing, waits_for_a_thread_at_the_gate, nothing]);
+        early([nothing, after_the_childs_end, nothing]);
         for kind in BOTH {
             fork_while_one_comes_to_the_gate(kind, || i32::from(lineage().dirty));
         }
