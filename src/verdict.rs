@@ -1,8 +1,9 @@
 //! Whether the gate stayed shut until a fork had copied all, said once, in a word that parent and child share (G11).
 //!
-//! The child's copy of the gate cannot tell: the kernel copies page by page, and what a region wrote after a waiter reopened the
-//! gate may be in the child where the reopening is not. So the first of them settles it for good: a waiter, before it
-//! reopens; the child or the parent, each after the copy.
+//! The child's copy of the gate is no evidence: the kernel copies page by page, the gate early, and what a region wrote after a waiter
+//! reopened the gate may be in the child where the reopening is not. (Rarely: a write to a page that is copied waits for the
+//! whole copy, but for processors that still have the old translation.) So the first of them settles it for good: a waiter, before
+//! it reopens; the child or the parent, each after the copy.
 //!
 //! | what it says of this fork | who says it                                   |
 //! |---------------------------|-----------------------------------------------|
