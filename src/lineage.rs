@@ -66,8 +66,8 @@ pub struct Stats {
     pub refused: u64,
     /// Foreign forks that went ahead dirty.
     pub dirty: u64,
-    /// Foreign forks that took so long that a waiting thread reopened the gate: children of theirs may be dirty, and know it by
-    /// their [`lineage`].
+    /// Foreign forks in which another library's handler took so long that a waiting thread reopened the gate: their children are
+    /// dirty, and know it by their [`lineage`].
     pub late: u64,
     /// Foreign forks inside a region of the forking thread (G4).
     pub in_region: u64,
