@@ -178,7 +178,7 @@ fn appender(lossy: bool, room: usize) {
     // Threads that outrun the one that writes have their records dropped where that is asked for: they wait for it.
     let sent = AtomicU64::new(0);
     let record = |thread: usize, number: u64| {
-        drive::until(|| !lossy || sent.load(SeqCst) - WRITTEN.load(SeqCst).min(sent.load(SeqCst)) < room as u64 / 2);
+        drive::until(|| !lossy || sent.load(SeqCst).saturating_sub(WRITTEN.load(SeqCst)) < room as u64 / 2);
         sent.fetch_add(1, SeqCst);
         by_tracing(thread, number);
     };
