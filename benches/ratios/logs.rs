@@ -2,7 +2,7 @@
 
 use crate::forks::Server;
 use crate::measure::{row, turns, wall_on_threads};
-use carefork::Hook;
+use carefork::Service;
 use carefork::log::{Builder, Logger, Output};
 use log::{Level, LevelFilter, Log, Record};
 use std::fs::{File, OpenOptions};
@@ -82,7 +82,9 @@ pub(crate) fn set_up(setup: &str) {
             let logger = Builder::new().output(Output::file("/dev/null").unwrap()).background(100).init().unwrap();
             one(&logger, 0);
             std::mem::forget(carefork::stdio::guard());
-            std::mem::forget(carefork::register(Hook::new("service").parent(|| {}).child(|| {}).cleanup(|| {})));
+            let service = Service::builder("bench", || 0u64).start(|count, by: u64| *count += by).unwrap();
+            service.send(1).unwrap();
+            std::mem::forget(service);
         }
         _ => {}
     }
@@ -132,7 +134,7 @@ pub(crate) fn rows(wanted: &dyn Fn(&str) -> bool) {
             row(&what, turns(15, || a.ask(&ours) / 1000.0, || b.ask(&rival) / 1000.0), "µs", 1.5);
         }
     }
-    let what = "fork+_exit+wait with log, stdio and one hook registered, against bare";
+    let what = "fork+_exit+wait with log, stdio and one service registered, against bare";
     if wanted(what) {
         let (mut a, mut b) = (Server::start(false, "subsystems"), Server::start(true, "subsystems"));
         row(what, turns(31, || a.ask("inherit") / 1000.0, || b.ask("bare") / 1000.0), "µs", 1.10);
