@@ -104,13 +104,19 @@ impl Drop for LetGo<'_> {
 /// # Ok::<(), Box<dyn std::error::Error>>(())
 /// ```
 #[must_use = "a hook counts once it is registered"]
-// What both sides call after a fork comes first, on one cache line with the list's own words.
+// What both sides call after a fork comes first, on one cache line with the list's own words; the rest of the node is another.
 #[repr(C)]
 pub struct Hook {
     child: Option<Call>,
     parent: Option<Call>,
     prepare: Prepare,
     undo: Option<Call>,
+    /// Apart: a fork with many hooks goes through the memory of all of them three times.
+    pub(crate) rest: Box<Rest>,
+}
+
+/// What a fork does not look at on its way.
+pub(crate) struct Rest {
     pub(crate) name: &'static str,
     pub(crate) rank: i32,
     /// Shared, so that a clean-up can run it without the list.
@@ -123,7 +129,7 @@ pub struct Hook {
 
 impl fmt::Debug for Hook {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.debug_struct("Hook").field("name", &self.name).field("rank", &self.rank).finish_non_exhaustive()
+        f.debug_struct("Hook").field("name", &self.rest.name).field("rank", &self.rest.rank).finish_non_exhaustive()
     }
 }
 
@@ -131,21 +137,23 @@ impl Hook {
     /// A hook that does nothing yet, of rank 0. The name is what errors and reports call it.
     pub fn new(name: &'static str) -> Self {
         Hook {
-            name,
-            rank: 0,
             prepare: Prepare::Nothing,
             undo: None,
             parent: None,
             child: None,
-            cleanup: None,
-            waited: Clocked::new(),
-            counted_in: AtomicU32::new(0),
+            rest: Box::new(Rest {
+                name,
+                rank: 0,
+                cleanup: None,
+                waited: Clocked::new(),
+                counted_in: AtomicU32::new(0),
+            }),
         }
     }
 
     /// Its place in lock order: prepare runs by rising rank, outer locks first; among equals the newest first (H2).
     pub fn rank(mut self, rank: i32) -> Self {
-        self.rank = rank;
+        self.rest.rank = rank;
         self
     }
 
@@ -186,7 +194,7 @@ impl Hook {
 
     /// Runs in a child that goes on without exec, as part of its clean-up; there it may allocate and start threads.
     pub fn cleanup(mut self, f: impl Fn() + Send + Sync + 'static) -> Self {
-        self.cleanup = Some(Arc::new(f));
+        self.rest.cleanup = Some(Arc::new(f));
         self
     }
 
@@ -223,24 +231,26 @@ impl Hook {
 
 /// With more hooks than this none is timed: reading the clock would cost as much as calling them.
 pub(crate) const TIMED: u32 = 64;
-/// A prepare that took less than this many ns has waited for nothing.
-const WORTH_NOTING: u64 = 1_000;
+/// A prepare that took less than this many ns has waited for nothing: a few system calls and page faults. Noting it would cost as much again,
+/// for a page that the fork copies.
+const WORTH_NOTING: u64 = 10_000;
 
 impl Hook {
     /// By the role's holder, in the process of that generation.
     pub(crate) fn took(&self, ns: u64, generation: u32) {
         if ns >= WORTH_NOTING {
-            if self.counted_in.swap(generation, Ordering::Relaxed) != generation {
-                self.waited.reset();
+            let Rest { waited, counted_in, .. } = &*self.rest;
+            if counted_in.swap(generation, Ordering::Relaxed) != generation {
+                waited.reset();
             }
-            self.waited.note(ns);
+            waited.note(ns);
         }
     }
 
     /// What its prepare took in this process, whose generation that is. As `took`.
     pub(crate) fn waited(&self, generation: u32) -> Durations {
-        let here = self.counted_in.load(Ordering::Relaxed) == generation;
-        if here { self.waited.read() } else { Durations::default() }
+        let here = self.rest.counted_in.load(Ordering::Relaxed) == generation;
+        if here { self.rest.waited.read() } else { Durations::default() }
     }
 }
 
@@ -288,7 +298,7 @@ pub(crate) fn prepare(
                 lock.taken.store(true, Ordering::Relaxed);
                 return Step::Prepared;
             }
-            report.hook = Some(hook.name);
+            report.hook = Some(hook.rest.name);
             *end = Hooks::Conflict;
             return Step::Stop;
         }
@@ -312,7 +322,7 @@ pub(crate) fn prepare(
     // Nor is freeing what another hook said before: a foreign fork goes on to the next.
     #[allow(clippy::mem_forget)]
     std::mem::forget(std::mem::replace(&mut report.veto, veto));
-    report.hook = Some(hook.name);
+    report.hook = Some(hook.rest.name);
     *vetoed = true;
     if coordinated {
         *end = Hooks::Vetoed;
@@ -365,7 +375,7 @@ pub(crate) fn call(hook: &Hook, phase: Phase) -> bool {
     if let Some(f) = f
         && let Err(payload) = catch_unwind(AssertUnwindSafe(f))
     {
-        return panicked(hook.name, phase, payload);
+        return panicked(hook.rest.name, phase, payload);
     }
     true
 }
@@ -401,3 +411,6 @@ pub(crate) fn message(payload: &(dyn std::any::Any + Send)) -> Text {
     text.push(said.unwrap_or("(no text)").as_bytes());
     text
 }
+
+// Two cache lines with the list's own words.
+const _: () = assert!(size_of::<crate::hook_list::Node<Hook>>() == 128);

@@ -22,20 +22,26 @@ use std::ptr::null_mut;
 
 use Ordering::{AcqRel, Acquire, Relaxed, Release, SeqCst};
 
-/// A cache line begins with what every step along the list reads.
-#[repr(C, align(64))]
+/// Two cache lines: the first has what each step of the way back reads.
+#[repr(C, align(128))]
 #[derive(Debug)]
 pub(crate) struct Node<T> {
     pub(crate) key: u64,
-    next: AtomicPtr<Node<T>>,
     prev: AtomicPtr<Node<T>>,
+    /// The node `AHEAD` steps before this one and the one as many after it, as they were when last looked at: to be fetched into the
+    /// cache in time, and for nothing else. They may be gone.
+    before: AtomicPtr<Node<T>>,
     /// The number of the fork that this hook did not prepare for and must not be called by.
     skipped: AtomicU32,
     gone: AtomicU32,
     pub(crate) value: T,
-    /// The next in `pending`.
+    next: AtomicPtr<Node<T>>,
+    /// The next in `pending`, until linked and no longer there; then the counterpart of `before`.
     below: AtomicPtr<Node<T>>,
 }
+
+/// How many nodes ahead memory is fetched.
+const AHEAD: usize = 16;
 
 /// The place in lock order of a hook: rising rank, among equals the newest first (H2). Never 0.
 pub(crate) fn key(rank: i32, sequence: u32) -> u64 {
@@ -108,11 +114,12 @@ impl<T> HookList<T> {
     pub(crate) fn join(&self, key: u64, value: T) -> *const Node<T> {
         let node = Box::into_raw(Box::new(Node {
             key,
-            next: AtomicPtr::new(null_mut()),
             prev: AtomicPtr::new(null_mut()),
+            before: AtomicPtr::new(null_mut()),
             skipped: AtomicU32::new(0),
             gone: AtomicU32::new(0),
             value,
+            next: AtomicPtr::new(null_mut()),
             below: AtomicPtr::new(null_mut()),
         }));
         push(&self.pending, node, |n| &n.below);
@@ -203,6 +210,31 @@ impl<T> HookList<T> {
                 self.unlink(n);
             }
         });
+        if !cfg!(loom) {
+            self.look_ahead();
+        }
+    }
+
+    /// Notes for each node which come some steps later, in both directions. Looks first: a page that is not written is not copied.
+    /// After `link_newcomers`: what is linked is pending no more, and `below` is free.
+    fn look_ahead(&self) {
+        let mut last = [const { null_mut::<Node<T>>() }; AHEAD];
+        let mut count = 0;
+        let note = |place: &AtomicPtr<Node<T>>, node: *mut Node<T>| {
+            if place.load(Relaxed) != node {
+                place.store(node, Relaxed);
+            }
+        };
+        self.each(|n| {
+            let me = std::ptr::from_ref(n).cast_mut();
+            let earlier = std::mem::replace(&mut last[count % AHEAD], me);
+            count += 1;
+            note(&n.before, earlier);
+            // SAFETY: linked, and this thread holds the role.
+            if let Some(earlier) = unsafe { earlier.as_ref() } {
+                note(&earlier.below, me);
+            }
+        });
     }
 
     fn link_newcomers(&self) {
@@ -248,6 +280,10 @@ impl<T> HookList<T> {
             if !all {
                 return;
             }
+            let after = n.below.load(Relaxed);
+            sync::prefetch(after);
+            // Its second line, with what prepares it.
+            sync::prefetch(after.wrapping_byte_add(64));
             let before = self.progress.load(Relaxed);
             if !fault("progress_late") {
                 self.progress.store(n.key, Relaxed);
@@ -286,6 +322,7 @@ impl<T> HookList<T> {
     }
 
     #[inline(never)]
+    #[unsafe(link_section = ".text_carefork")]
     fn walk_back(&self, mut f: impl FnMut(&T)) {
         let fork = self.fork.load(Relaxed);
         let reached = self.progress.load(Relaxed);
@@ -293,6 +330,7 @@ impl<T> HookList<T> {
         while !at.is_null() {
             // SAFETY: linked nodes live; only the role's holder, this thread, unlinks.
             let n = unsafe { &*at };
+            sync::prefetch(n.before.load(Relaxed));
             let before = n.prev.load(Relaxed);
             if n.key <= reached {
                 if n.skipped.load(Relaxed) != fork {

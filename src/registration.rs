@@ -41,8 +41,8 @@ impl fmt::Debug for Registration {
 /// Waits for nobody, also when called inside a hook or while another thread forks.
 pub fn register(hook: Hook) -> Registration {
     static SEQUENCE: AtomicU32 = AtomicU32::new(1);
-    let name = hook.name;
-    let key = hook_list::key(hook.rank, SEQUENCE.fetch_add(1, Ordering::Relaxed));
+    let name = hook.rest.name;
+    let key = hook_list::key(hook.rest.rank, SEQUENCE.fetch_add(1, Ordering::Relaxed));
     runtime::generation();
     let registration = Registration { node: hooks().join(key, hook), name };
     tidy();
@@ -89,7 +89,7 @@ pub(crate) fn clean_up() -> (usize, usize) {
     while !gate().try_role(me) {
         sys::yield_now();
     }
-    hooks().each_living(|h| found.extend(h.cleanup.as_ref().map(|f| (h.name, Arc::clone(f)))));
+    hooks().each_living(|h| found.extend(h.rest.cleanup.as_ref().map(|f| (h.rest.name, Arc::clone(f)))));
     gate().release_role();
     sys::set_mask(&mask);
     let mut panicked = 0;
@@ -120,7 +120,7 @@ pub(crate) fn list() -> Option<Vec<(&'static str, i32, Durations)>> {
         let mask = sys::block_all();
         let ours = gate().try_role(me);
         if ours {
-            hooks().each_living(|h| found.push((h.name, h.rank, h.waited(generation))));
+            hooks().each_living(|h| found.push((h.rest.name, h.rest.rank, h.waited(generation))));
             gate().release_role();
         }
         sys::set_mask(&mask);

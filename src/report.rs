@@ -75,7 +75,7 @@ pub struct HookEntry {
     pub rank: i32,
     /// Its name.
     pub name: &'static str,
-    /// What its prepare took, those times that it took a microsecond or more: waiting for its lock. Not timed in a process with
+    /// What its prepare took, those times that it took ten microseconds or more: waiting for its lock. Not timed in a process with
     /// more than 64 hooks.
     pub waited: Durations,
 }

@@ -72,6 +72,22 @@ mod real {
 
     pub(crate) use crate::sys::fence_by_other_means;
 
+    /// Has the processor fetch the line at `p`, which need not be mapped: only a hint.
+    #[inline(always)]
+    #[allow(unsafe_code)]
+    pub(crate) fn prefetch<T>(p: *const T) {
+        // SAFETY: touches nothing that a program can see; an address that is not mapped is passed over.
+        #[cfg(target_arch = "x86_64")]
+        unsafe {
+            std::arch::x86_64::_mm_prefetch::<{ std::arch::x86_64::_MM_HINT_T0 }>(p.cast());
+        }
+        // SAFETY: as above.
+        #[cfg(target_arch = "aarch64")]
+        unsafe {
+            std::arch::asm!("prfm pldl1keep, [{}]", in(reg) p, options(nostack, readonly, preserves_flags));
+        }
+    }
+
     /// Wakes whoever sleeps at an address, which need not be mapped any more: a spurious wake-up at worst.
     pub(crate) fn futex_wake_at(at: *const u32) {
         sys::futex_wake_at(at, u32::MAX, super::ANY);
@@ -179,6 +195,8 @@ mod model {
     }
 
     pub(crate) fn fence_by_other_means() {}
+
+    pub(crate) fn prefetch<T>(_: *const T) {}
 
     pub(crate) fn futex_wake(word: &AtomicU32, count: u32, bits: u32) -> bool {
         wake(std::ptr::from_ref(word) as usize, count, bits)
