@@ -155,7 +155,16 @@ impl Report {
 
     /// As new, without freeing what a hook said: that is not for the middle of a fork (G9).
     pub(crate) fn forget(&mut self) {
-        self.busy.count = 0;
+        // Looks first: most forks meet nobody, and what they write is a page that is copied.
+        if self.busy.count == 0
+            && self.hook.is_none()
+            && self.print_wait.is_none()
+            && self.veto.is_none()
+            && self.panic.len == 0
+        {
+            return;
+        }
+        self.busy.forget();
         self.hook = None;
         self.print_wait = None;
         #[allow(clippy::mem_forget)]

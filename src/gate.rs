@@ -19,6 +19,7 @@
 //! see the other's store. The forker's `heavy_fence` (membarrier) makes both sides' accesses ordered, so that a
 //! region costs no fence of its own. The same pairing serves `leave` against a forker that goes to sleep.
 
+use crate::passage::Passage;
 use crate::sync::{self, ANY, AtomicPtr, AtomicU32, AtomicU64, Ordering, Wake, fault, fence, heavy_fence, light_fence};
 use crate::verdict;
 use std::panic::Location;
@@ -91,7 +92,13 @@ pub(crate) struct Slot {
     pub(crate) name: [AtomicU64; 2],
     /// The coordinated fork in progress on this thread (fork.rs), null if none.
     pub(crate) request: AtomicPtr<()>,
+    /// What the handlers of a fork leave for each other.
+    pub(crate) passage: Passage,
 }
+
+// With the passage.
+#[cfg(not(loom))]
+const _: () = assert!(size_of::<Slot>() == 128);
 
 impl Slot {
     #[cfg(not(loom))]
@@ -107,6 +114,7 @@ impl Slot {
             entered: AtomicPtr::new(std::ptr::null_mut()),
             name: [const { AtomicU64::new(0) }; 2],
             request: AtomicPtr::new(std::ptr::null_mut()),
+            passage: Passage::new(),
         }
     }
 
@@ -253,6 +261,13 @@ pub(crate) struct Busy {
 impl Busy {
     pub(crate) const NONE: Busy =
         Busy { count: 0, seen: [None; NAMED], queued: false, entered: false, waits_for_me: None };
+
+    /// As `NONE`. Looks first, since most forks meet nobody: nothing else is set where nobody was counted.
+    pub(crate) fn forget(&mut self) {
+        if self.count != 0 {
+            *self = Busy::NONE;
+        }
+    }
 }
 
 /// How waiting for the regions to end went.
@@ -775,7 +790,7 @@ impl<S: Seats> Gate<S> {
 
     /// A look round the seats of all other threads.
     pub(crate) fn look(&self, me: &Slot, busy: &mut Busy) {
-        *busy = Busy::NONE;
+        busy.forget();
         self.seats.each(|s| {
             // Acquire pairs with `leave`'s Release. A ghost's depth is no region.
             if std::ptr::eq(s, me) || s.depth.load(Acquire) == 0 || s.is_ghost() {

@@ -40,6 +40,7 @@ mod sync;
 // state
 mod durations;
 mod verdict;
+mod passage;
 mod gate;
 mod prepare;
 mod hook_list;

@@ -43,7 +43,7 @@ impl SlotTable {
         }
         // SAFETY: chunk k has FIRST << k seats and `index - (FIRST << k)` is less than that, by the choice of k.
         let seat = unsafe { chunk.add((index - (FIRST << k)) as usize) };
-        // SAFETY: chunks come zeroed from the kernel, which is a valid `Slot` (atomics and null pointers only), and are
+        // SAFETY: chunks come zeroed from the kernel, which is a valid `Slot` (atomics, null pointers and a new passage), and are
         // never unmapped.
         Some(unsafe { &*seat })
     }

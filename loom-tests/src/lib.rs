@@ -19,6 +19,8 @@ pub mod care_word;
 pub mod gate;
 #[path = "../../src/hook_list.rs"]
 pub mod hook_list;
+#[path = "../../src/passage.rs"]
+pub mod passage;
 #[path = "../../src/prepare.rs"]
 pub mod prepare;
 #[path = "../../src/verdict.rs"]

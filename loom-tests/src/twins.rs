@@ -18,6 +18,7 @@ impl Slot {
             entered: AtomicPtr::new(std::ptr::null_mut()),
             name: [AtomicU64::new(0), AtomicU64::new(0)],
             request: AtomicPtr::new(std::ptr::null_mut()),
+            passage: Passage::new(),
         }
     }
 

@@ -57,10 +57,9 @@ pub(super) fn mend(alive: &AtomicU32) {
         }
         return;
     }
-    if !matches!(STAGE.get(), Stage::None | Stage::Working | Stage::Mended) {
+    if !matches!(stage(), Stage::None | Stage::Working | Stage::Mended) {
         // A real at-fork child in which another library's handler came here before ours.
-        // SAFETY: as in `on_prepare`; it has returned, and `on_child` has not begun.
-        become_child(unsafe { &mut *PASSAGE.with(UnsafeCell::get) }, true);
+        become_child(true);
     } else {
         // Turned off, no child is told, and every one may be a real one.
         if is_off() { &STATE.dirty } else { &STATE.bypassed }.store(true, Relaxed);

@@ -5,77 +5,21 @@
 use super::*;
 
 thread_local! {
-    /// How far this thread's fork is. Beside the passage, because hooks come back here while a handler is at work on that.
-    pub(super) static STAGE: Cell<Stage> = const { Cell::new(Stage::None) };
-    /// Forks that a hook or another library's handler made while this one was under way.
-    pub(super) static NESTED: Cell<u32> = const { Cell::new(0) };
-    /// What the prepare handler leaves for the parent or child handler on the same thread.
-    pub(super) static PASSAGE: UnsafeCell<Passage> = const { UnsafeCell::new(Passage::NONE) };
+    /// What the prepare handler has collected for an error or a report. Here and not with the request, so that the frames below
+    /// libc's fork are small: each page of them is copied on both sides. Written only where something is in a fork's way.
+    static COLLECTED: UnsafeCell<Collected> = const { UnsafeCell::new(Collected { report: ManuallyDrop::new(Report::new()), busy: Busy::NONE }) };
 }
 
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(super) enum Stage {
-    None,
-    /// A handler is at work, on the way to a commitment or back from it: a fork on this thread is nested, made by a hook.
-    Working,
-    /// Gate shut by this word, hooks prepared, role held.
-    Committed(u32),
-    /// A coordinated fork that will not be: libc forks all the same, the child ends at once.
-    Refused,
-    /// A foreign fork past its budget, or against a veto.
-    Dirty,
-    /// In the child, `on_child` has done its work already (another library's child handler came here first).
-    Mended,
-}
-
-pub(super) struct Passage {
-    errno: i32,
-    /// What a seat names while this fork, a foreign one, is made inside that one by another library's handler.
-    outer: *mut (),
-    /// In the parent of a coordinated fork: its handler could not tell whether there is a child, and left everything to `passed`.
-    undecided: bool,
-    /// Where errno is: a child that asks libc for it touches another page of code.
-    errno_at: *mut i32,
-    /// Something was left out: budget, veto.
-    dirty: bool,
-    /// The gate is open: the registry marks what is registered meanwhile.
-    marking: bool,
-    /// The mask from before, while signals are blocked. A coordinated fork takes it from here (`passed`).
-    mask: Option<sys::SigSet>,
-    /// When the prepare handler returned.
-    begun: u64,
-    /// In the parent: a waiter reopened the gate before the copy was whole.
-    late: bool,
-    /// In the child: a coordinated fork made it.
-    coordinated: bool,
-    /// What a coordinated fork has collected. Here and not with its request, so that the frames below libc's fork are small: each
-    /// page of them is copied on both sides.
+struct Collected {
     report: ManuallyDrop<Report>,
     busy: Busy,
 }
 
-impl Passage {
-    const NONE: Passage = Passage {
-        errno: 0,
-        outer: std::ptr::null_mut(),
-        undecided: false,
-        errno_at: std::ptr::null_mut(),
-        dirty: false,
-        marking: false,
-        mask: None,
-        begun: 0,
-        late: false,
-        coordinated: false,
-        report: ManuallyDrop::new(Report::new()),
-        busy: Busy::NONE,
-    };
-
-    /// Before a fork's first try: nobody is in its way yet. Looks first, since most forks meet nobody.
+impl Collected {
+    /// Before a fork's first try: nobody is in its way yet.
     fn forget(&mut self) {
         self.report.forget();
-        if self.busy.count != 0 {
-            self.busy = Busy::NONE;
-        }
+        self.busy.forget();
     }
 }
 
@@ -89,25 +33,24 @@ pub(crate) struct Passed {
 }
 
 /// After libc's fork, in the thread that called it; `made` where there is a child, or this is it. Async-signal-safe.
+#[inline(always)]
 pub(crate) fn passed(me: &Slot, made: bool) -> Passed {
-    // SAFETY: as in `on_prepare`.
-    let passage = unsafe { &mut *PASSAGE.with(UnsafeCell::get) };
-    conclude_undecided(me, passage, made);
-    Passed { mask: passage.mask.take(), late: std::mem::take(&mut passage.late) }
+    conclude_undecided(me, made);
+    Passed { mask: me.passage.take_mask(), late: me.passage.late.replace(false) }
 }
 
 /// Before a coordinated fork's first try. Async-signal-safe.
 pub(crate) fn forget_report() {
     // SAFETY: as in `on_prepare`.
-    unsafe { &mut *PASSAGE.with(UnsafeCell::get) }.forget();
+    unsafe { &mut *COLLECTED.with(UnsafeCell::get) }.forget();
 }
 
 /// Why this thread's coordinated fork was refused.
 pub(crate) fn take_report() -> Report {
     // SAFETY: as in `on_prepare`.
-    let passage = unsafe { &mut *PASSAGE.with(UnsafeCell::get) };
-    passage.report.busy = passage.busy;
-    ManuallyDrop::into_inner(std::mem::replace(&mut passage.report, ManuallyDrop::new(Report::new())))
+    let collected = unsafe { &mut *COLLECTED.with(UnsafeCell::get) };
+    collected.report.busy = collected.busy;
+    ManuallyDrop::into_inner(std::mem::replace(&mut collected.report, ManuallyDrop::new(Report::new())))
 }
 
 /// A coordinated fork's side of the handlers; lives on the stack of `fork`, named by the seat (`Slot::request`).
@@ -135,7 +78,7 @@ pub(crate) fn child_by_hand() {
 }
 
 struct Handlers<'a> {
-    mask: &'a mut Option<sys::SigSet>,
+    passage: &'a Passage,
     coordinated: bool,
     report: &'a mut Report,
     /// A foreign fork that met a veto: goes ahead without that hook, dirty.
@@ -144,13 +87,13 @@ struct Handlers<'a> {
 
 impl Steps for Handlers<'_> {
     fn block_signals(&mut self) {
-        if self.mask.is_none() {
-            *self.mask = Some(sys::block_all());
+        if !self.passage.has_mask() {
+            self.passage.put_mask(sys::block_all());
         }
     }
 
     fn restore_signals(&mut self) {
-        if let Some(mask) = self.mask.take() {
+        if let Some(mask) = self.passage.take_mask() {
             sys::set_mask(&mask);
         }
     }
@@ -202,6 +145,7 @@ pub(super) fn abandon_hooks() {
     STATE.hooks.each_linked(Hook::abandon);
 }
 
+#[unsafe(link_section = ".text_carefork")]
 fn finish_hooks(phase: Phase) {
     STATE.hooks.finish(|h| {
         if !hook::call(h, phase) {
@@ -215,88 +159,108 @@ pub(super) extern "C" fn on_prepare() {
     if is_off() {
         return;
     }
-    if matches!(STAGE.get(), Stage::Committed(_)) && !is_inner() {
-        try_again_after_failure();
+    if let Some(me) = seated() {
+        if matches!(me.passage.stage.get(), Stage::Committed(_)) && !is_inner() {
+            // A replacement for fork that calls libc's again, because the first made no child.
+            conclude_undecided(me, false);
+        }
+        if me.passage.stage.get() != Stage::None {
+            me.passage.nested.set(me.passage.nested.get() + 1);
+            return;
+        }
     }
-    if STAGE.get() != Stage::None {
-        NESTED.set(NESTED.get() + 1);
-        return;
-    }
-    // SAFETY: the passage is this thread's own, and one handler at a time is at work on it: what comes back here meanwhile, from a
-    // hook, goes by `STAGE` and `NESTED`.
-    let passage = unsafe { &mut *PASSAGE.with(UnsafeCell::get) };
-    passage.undecided = false;
-    passage.errno = sys::errno();
-    passage.errno_at = sys::errno_place();
-    STAGE.set(Stage::Working);
-    let Some(me) = try_me() else {
-        STAGE.set(Stage::Dirty);
-        return;
-    };
+    let errno = sys::errno();
+    // No memory for a seat: the child finds no stage, and is dirty.
+    let Some(me) = try_me() else { return };
+    let passage = &me.passage;
+    passage.undecided.set(false);
+    passage.errno.set(errno);
+    passage.errno_at.set(sys::errno_place());
+    passage.stage.set(Stage::Working);
     // In the child nobody comes back to it: `take_over` forgets what the seat names.
     let inner = is_inner().then(|| me.request.swap(std::ptr::null_mut(), Relaxed));
-    passage.outer = inner.unwrap_or(std::ptr::null_mut());
+    passage.outer.set(inner.unwrap_or(std::ptr::null_mut()));
+    // SAFETY: this thread's own, and one handler at a time is at work on it: what comes back here meanwhile, from a hook, sees the
+    // stage.
+    let collected = unsafe { &mut *COLLECTED.with(UnsafeCell::get) };
     // SAFETY: the request lives on the stack of `fork`, which is below this frame on the same thread, and `fork` looks
     // at it again only after libc's fork has returned.
     let request = unsafe { me.request.load(Relaxed).cast::<Request>().as_mut() };
     match request {
-        Some(request) => prepare_coordinated(me, request, passage),
-        None => prepare_foreign(me, passage),
+        Some(request) => prepare_coordinated(me, request, collected),
+        None => prepare_foreign(me, collected),
     }
-    passage.begun = clock::now();
-    sys::set_errno(UNTOUCHED);
+    passage.begun.set(clock::now());
+    leave_errno(passage, UNTOUCHED);
 }
 
-fn prepare_coordinated(me: &Slot, request: &mut Request, passage: &mut Passage) {
+/// Looks first: a page that is not written is not copied.
+#[inline(always)]
+fn leave_errno(passage: &Passage, errno: i32) {
+    let at = passage.errno_at.get();
+    // SAFETY: null where no prepare handler of ours has run for this thread, or its errno, which the child's one thread has at the
+    // same address; who takes a seat forgets what another left there.
+    let Some(at) = (unsafe { at.as_mut() }) else { return };
+    if *at != errno {
+        *at = errno;
+    }
+}
+
+fn prepare_coordinated(me: &Slot, request: &mut Request, collected: &mut Collected) {
     let plan =
         Plan { coordinated: true, deadline: request.deadline, let_go_at: request.let_go_at, bound: request.bound };
-    let mut steps = Handlers { mask: &mut passage.mask, coordinated: true, report: &mut passage.report, vetoed: false };
-    let outcome = prepare::prepare(&STATE.gate, me, &mut steps, &plan, &mut passage.busy);
-    look_for_print_wait(outcome, &mut passage.report);
+    let mut steps = Handlers { passage: &me.passage, coordinated: true, report: &mut collected.report, vetoed: false };
+    let outcome = prepare::prepare(&STATE.gate, me, &mut steps, &plan, &mut collected.busy);
+    look_for_print_wait(outcome, &mut collected.report);
     request.outcome = Some(outcome);
-    STAGE.set(match outcome {
+    me.passage.stage.set(match outcome {
         Outcome::Committed(shut) => Stage::Committed(shut),
         _ => Stage::Refused,
     });
 }
 
-fn prepare_foreign(me: &Slot, passage: &mut Passage) {
+fn prepare_foreign(me: &Slot, collected: &mut Collected) {
     // Without it the child goes by its own copy of the gate.
     drop(STATE.gate.seats.verdicts.ready());
     STATE.count.foreign.fetch_add(1, Relaxed);
     if me.in_guard() {
         STATE.count.in_region.fetch_add(1, Relaxed);
     }
-    passage.forget();
+    collected.forget();
     let budget = STATE.foreign_budget.load(Relaxed);
     let deadline = (budget != u64::MAX).then(|| clock::now().saturating_add(budget));
     let plan = Plan { coordinated: false, deadline, let_go_at: None, bound: FIRST_BOUND };
-    let mut steps =
-        Handlers { mask: &mut passage.mask, coordinated: false, report: &mut passage.report, vetoed: false };
-    let outcome = prepare::prepare(&STATE.gate, me, &mut steps, &plan, &mut passage.busy);
+    let passage = &me.passage;
+    let report = &mut *collected.report;
+    let mut steps = Handlers { passage, coordinated: false, report, vetoed: false };
+    let outcome = prepare::prepare(&STATE.gate, me, &mut steps, &plan, &mut collected.busy);
     let vetoed = steps.vetoed;
-    STAGE.set(match outcome {
-        Outcome::Committed(shut) => Stage::Committed(shut),
-        _ => Stage::Dirty,
-    });
-    if vetoed || STAGE.get() == Stage::Dirty {
-        passage.dirty = true;
+    let committed = match outcome {
+        Outcome::Committed(shut) => {
+            passage.stage.set(Stage::Committed(shut));
+            true
+        }
+        _ => {
+            passage.stage.set(Stage::Dirty);
+            false
+        }
+    };
+    if vetoed || !committed {
+        passage.dirty.set(true);
         STATE.count.dirty.fetch_add(1, Relaxed);
-        passage.report.busy = passage.busy;
-        look_for_print_wait(outcome, &mut passage.report);
-        if !passage.report.say(outcome) {
+        collected.report.busy = collected.busy;
+        look_for_print_wait(outcome, &mut collected.report);
+        if !collected.report.say(outcome) {
             STATE.count.unreported.fetch_add(1, Relaxed);
         }
-        passage.report.forget();
+        collected.report.forget();
     }
-    if STAGE.get() == Stage::Dirty {
-        passage.marking = true;
+    if !committed {
+        passage.marking.set(true);
         care_table::dirty_begins();
-    }
-    if STAGE.get() == Stage::Dirty
-        && let Some(mask) = passage.mask.take()
-    {
-        sys::set_mask(&mask);
+        if let Some(mask) = passage.take_mask() {
+            sys::set_mask(&mask);
+        }
     }
 }
 
@@ -313,18 +277,19 @@ pub(super) extern "C" fn on_parent() {
     if is_off() {
         return;
     }
-    if NESTED.get() > 0 {
-        NESTED.set(NESTED.get() - 1);
+    let Some(me) = seated() else { return };
+    let passage = &me.passage;
+    if passage.nested.get() > 0 {
+        passage.nested.set(passage.nested.get() - 1);
         return;
     }
-    // SAFETY: as in `on_prepare`.
-    let passage = unsafe { &mut *PASSAGE.with(UnsafeCell::get) };
-    let errno = sys::errno();
-    let stage = STAGE.replace(Stage::Working);
-    let Some(me) = seated() else {
-        STAGE.set(Stage::None);
+    let stage = passage.stage.get();
+    if stage == Stage::None {
+        // Our prepare handler found no memory for a seat.
         return;
-    };
+    }
+    let errno = sys::errno();
+    passage.stage.set(Stage::Working);
     let coordinated = !me.request.load(Relaxed).is_null();
     if let Stage::Committed(shut) = stage
         && coordinated
@@ -332,17 +297,17 @@ pub(super) extern "C" fn on_parent() {
     {
         // The copy is whole, if there is one: `conclude` finds the same.
         STATE.gate.settle(shut);
-        passage.undecided = true;
-        STAGE.set(stage);
+        passage.undecided.set(true);
+        passage.stage.set(stage);
         return;
     }
-    conclude(me, passage, stage, !says_failed(errno));
-    let outer = std::mem::replace(&mut passage.outer, std::ptr::null_mut());
+    conclude(me, stage, !says_failed(errno));
+    let outer = passage.outer.replace(std::ptr::null_mut());
     if !outer.is_null() {
         me.request.store(outer, Relaxed);
         me.set_entered(true);
     }
-    sys::set_errno(if errno == UNTOUCHED { passage.errno } else { errno });
+    leave_errno(passage, if errno == UNTOUCHED { passage.errno.get() } else { errno });
 }
 
 /// What the prepare handler leaves in errno, and what is still there if libc's fork made a child and nobody else's handler, on the way
@@ -357,105 +322,106 @@ fn says_failed(errno: i32) -> bool {
 }
 
 /// On this thread, in the parent: hooks finished, gate open, role given back.
-fn conclude(me: &Slot, passage: &mut Passage, stage: Stage, made: bool) {
-    STAGE.set(Stage::Working);
+#[inline(never)]
+fn conclude(me: &Slot, stage: Stage, made: bool) {
+    let passage = &me.passage;
+    passage.stage.set(Stage::Working);
     let mut late = false;
     if let Stage::Committed(shut) = stage {
         late = !STATE.gate.settle(shut);
-        STATE.waited.fork.note(clock::now().saturating_sub(passage.begun));
+        STATE.waited.fork.note(clock::now().saturating_sub(passage.begun.get()));
         finish_hooks(if made { Phase::Parent } else { Phase::Undo });
         if !STATE.gate.reopen(shut) {
             STATE.gate.was_reopened(shut);
         }
         STATE.gate.drop_role(me);
     }
-    if passage.marking {
+    if passage.marking.get() {
         care_table::dirty_ends();
     }
-    passage.late = late;
+    passage.late.set(late);
     let coordinated = !me.request.load(Relaxed).is_null();
     if late && made && !coordinated {
         STATE.count.late.fetch_add(1, Relaxed);
     }
     pass_mask(passage, coordinated);
-    STAGE.set(Stage::None);
+    passage.stage.set(Stage::None);
 }
 
-fn conclude_undecided(me: &Slot, passage: &mut Passage, made: bool) {
-    if std::mem::take(&mut passage.undecided) {
-        conclude(me, passage, STAGE.get(), made);
-    }
-}
-
-/// A replacement for fork that calls libc's again, because the first made no child.
-#[cold]
-fn try_again_after_failure() {
-    // SAFETY: as in `on_prepare`; between two forks no handler is at work.
-    let passage = unsafe { &mut *PASSAGE.with(UnsafeCell::get) };
-    if let Some(me) = seated() {
-        conclude_undecided(me, passage, false);
+/// If the parent handler could not tell whether there is a child.
+#[inline(always)]
+fn conclude_undecided(me: &Slot, made: bool) {
+    if me.passage.undecided.get() {
+        me.passage.undecided.set(false);
+        conclude(me, me.passage.stage.get(), made);
     }
 }
 
 /// The mask is put back at once after a foreign fork; a coordinated one does it itself, when it knows the child (`passed`).
-fn pass_mask(passage: &mut Passage, coordinated: bool) {
-    passage.dirty = false;
-    passage.marking = false;
-    if !coordinated && let Some(mask) = passage.mask.take() {
+#[inline(always)]
+fn pass_mask(passage: &Passage, coordinated: bool) {
+    passage.dirty.set(false);
+    passage.marking.set(false);
+    if !coordinated && let Some(mask) = passage.take_mask() {
         sys::set_mask(&mask);
     }
 }
 
 /// Registered first, so it runs first in the child: a child that is not to be ends before anyone else's handler.
+#[unsafe(link_section = ".text_carefork")]
 pub(super) extern "C" fn on_child() {
     if is_off() {
         grow_up();
         close_at_fork();
         return;
     }
-    // SAFETY: as in `on_prepare`. In the child of a hook's own fork a handler is at work still, and goes on if that hook returns
-    // here: with whatever this leaves.
-    let passage = unsafe { &mut *PASSAGE.with(UnsafeCell::get) };
-    if NESTED.replace(0) > 0 {
-        // Forked by a hook: nothing was agreed with anyone.
-        STAGE.set(Stage::Dirty);
-        passage.dirty = true;
+    if let Some(me) = seated()
+        && me.passage.nested.replace(0) > 0
+    {
+        // Forked by a hook: nothing was agreed with anyone. A handler is at work still, and goes on if that hook returns here: with
+        // whatever this leaves.
+        me.passage.stage.set(Stage::Dirty);
+        me.passage.dirty.set(true);
         abandon_hooks();
     }
-    let errno = passage.errno;
-    if STAGE.get() != Stage::Mended {
-        become_child(passage, false);
+    if stage() != Stage::Mended {
+        become_child(false);
     }
-    STAGE.set(Stage::None);
-    let coordinated = std::mem::take(&mut passage.coordinated);
+    let Some(me) = seated() else { return };
+    let passage = &me.passage;
+    passage.stage.set(Stage::None);
+    let coordinated = passage.coordinated.replace(false);
     pass_mask(passage, coordinated);
-    // SAFETY: `on_prepare` stored this thread's own errno location, and the child's one thread has it at the same address.
-    unsafe { *passage.errno_at = errno };
+    leave_errno(passage, passage.errno.get());
 }
 
 /// What `on_child` does, whichever handler of the child comes first.
 #[inline(always)]
-pub(super) fn become_child(passage: &mut Passage, mending: bool) {
+pub(super) fn become_child(mending: bool) {
     let me = seated();
-    passage.coordinated = me.is_some_and(|m| !m.request.load(Relaxed).is_null());
-    let mut clean = !passage.dirty;
+    let unseated = Passage::new();
+    let passage = me.map_or(&unseated, |me| &me.passage);
+    passage.coordinated.set(me.is_some_and(|m| !m.request.load(Relaxed).is_null()));
+    let mut clean = !passage.dirty.get();
     let mut hooks = false;
     let mut late = false;
-    match STAGE.get() {
-        Stage::Refused => sys::exit_now(0),
-        Stage::Committed(shut) => {
-            hooks = true;
-            if !STATE.gate.settle(shut) {
-                clean = false;
-                late = true;
-                if passage.coordinated {
-                    sys::exit_now(0);
-                }
+    // No `match`: a table of jumps would be another page to fault in.
+    let stage = passage.stage.get();
+    if stage == Stage::Refused {
+        sys::exit_now(0);
+    }
+    if let Stage::Committed(shut) = stage {
+        hooks = true;
+        if !STATE.gate.settle(shut) {
+            clean = false;
+            late = true;
+            if passage.coordinated.get() {
+                sys::exit_now(0);
             }
         }
-        Stage::Dirty => clean = false,
-        // Nothing was shut: as after a plain fork, but nobody is to be blamed.
-        Stage::None | Stage::Working | Stage::Mended => clean = false,
+    } else {
+        // Dirty; or nothing was shut, as after a plain fork, and nobody is to be blamed.
+        clean = false;
     }
     if !clean {
         STATE.dirty.store(true, Relaxed);
@@ -472,7 +438,7 @@ pub(super) fn become_child(passage: &mut Passage, mending: bool) {
     } else {
         abandon_hooks();
     }
-    if passage.marking || late {
+    if passage.marking.get() || late {
         care_table::dirty_child();
     } else {
         care_table::no_dirty_forks();
@@ -488,16 +454,23 @@ pub(super) fn become_child(passage: &mut Passage, mending: bool) {
     if let Some(me) = me {
         me.set_entered(false);
     }
-    STAGE.set(Stage::Mended);
+    passage.stage.set(Stage::Mended);
 }
 
+#[inline(always)]
 fn close_at_fork() {
     if STATE.closes_at_fork.load(Relaxed) {
         care_table::close_at_fork();
     }
 }
 
+/// How far the fork of this thread is.
+#[inline(always)]
+pub(super) fn stage() -> Stage {
+    seated().map_or(Stage::None, |me| me.passage.stage.get())
+}
+
 /// This thread is between the prepare handler and the parent or child handler.
 pub(crate) fn in_fork() -> bool {
-    STAGE.get() != Stage::None
+    stage() != Stage::None
 }

@@ -12,6 +12,7 @@ use crate::error::{ForkError, Report};
 use crate::gate::{Busy, FIRST_BOUND, Gate, Slot, VACANT};
 use crate::hook::{self, Hook, Phase};
 use crate::hook_list::HookList;
+use crate::passage::{Passage, Stage};
 use crate::prepare::{self, Hooks, How, Outcome, Plan, Steps, Wait};
 use crate::print_wait::{self, WaitWord};
 use crate::slots::SlotTable;
@@ -214,6 +215,7 @@ pub(crate) fn me() -> &'static Slot {
 }
 
 /// The calling thread's seat if it has one.
+#[inline(always)]
 fn seated() -> Option<&'static Slot> {
     // SAFETY: seats are never unmapped.
     unsafe { SEAT.get().as_ref() }
@@ -248,6 +250,7 @@ fn try_me_slow() -> Option<&'static Slot> {
     let mask = sys::block_all();
     let s = STATE.gate.seats.claim(sys::gettid());
     if let Some(s) = s {
+        s.passage.clear();
         let name = sys::thread_name();
         for (word, bytes) in s.name.iter().zip(name.as_chunks::<8>().0) {
             word.store(u64::from_ne_bytes(*bytes), Relaxed);

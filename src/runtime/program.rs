@@ -29,7 +29,7 @@ impl Start {
             return Err(ForkError::Forbidden { entered: me.entered() });
         }
         // A signal handler that forks meanwhile forks in the middle of this one.
-        STAGE.set(Stage::Working);
+        me.passage.stage.set(Stage::Working);
         // Not coordinated: there is no lock of another library's handler to let go of.
         let plan = Plan { coordinated: false, deadline, let_go_at: None, bound: FIRST_BOUND };
         let mut steps = NoHooks { mask: None };
@@ -40,7 +40,7 @@ impl Start {
             return Ok(Start { shut: Some((me, shut)), mask: steps.mask.unwrap_or(mask) });
         }
         steps.restore_signals();
-        STAGE.set(Stage::None);
+        me.passage.stage.set(Stage::None);
         STATE.count.refused.fetch_add(1, Relaxed);
         Err(report.into_error(outcome))
     }
@@ -69,7 +69,7 @@ impl Start {
             if !opened {
                 STATE.gate.finish_for(me, shut);
             }
-            STAGE.set(Stage::None);
+            me.passage.stage.set(Stage::None);
         }
         sys::set_mask(&self.mask);
     }
