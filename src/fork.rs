@@ -8,6 +8,7 @@ use crate::in_child::InChild;
 use crate::options::{ForkOptions, Ready};
 use crate::prepare::Outcome;
 use crate::reap::child::Child;
+use crate::reap::known::UnderWay;
 use crate::reap::{known, orphans};
 use crate::runtime::{self, Passed, Request, count};
 use crate::{care_table, clock, replace, stdio, sys};
@@ -54,6 +55,7 @@ pub enum Fork {
 /// }
 /// # Ok::<(), Box<dyn std::error::Error>>(())
 /// ```
+#[unsafe(link_section = ".text_carefork")]
 pub unsafe fn fork() -> Result<Fork, ForkError> {
     // SAFETY: the caller's promise.
     unsafe { ForkOptions::new().fork() }
@@ -86,16 +88,29 @@ impl ForkOptions<'_> {
     ///
     /// # Safety
     /// As for [`fork`].
+    #[unsafe(link_section = ".text_carefork")]
     pub unsafe fn fork(&self) -> Result<Fork, ForkError> {
-        // SAFETY: the caller's promise.
-        let outcome = self.ready().and_then(|ready| unsafe { self.fork_ready(ready) });
-        if outcome.is_err() {
+        // Not in one value of all three ends: the child would have to move that, and a call of libc's memcpy is another page of code.
+        let end = match self.ready() {
+            // SAFETY: the caller's promise.
+            Ok(ready) => match unsafe { self.fork_ready(&ready) } {
+                Ok(Side::Child(before)) => return Ok(Fork::Child(self.begin_child(ready, before.as_ref()))),
+                Ok(Side::Parent(pid, under_way)) => {
+                    let child = Child::new(pid, self.pidfd).known_as(self.name.as_deref(), self.new_session);
+                    drop(under_way);
+                    Ok(child)
+                }
+                Err(e) => Err(e),
+            },
+            Err(e) => Err(e),
+        };
+        if end.is_err() {
             count().refused.fetch_add(1, Relaxed);
         }
-        if runtime::hooks().has_leftovers() && !matches!(outcome, Ok(Fork::Child(_))) {
+        if runtime::hooks().has_leftovers() {
             crate::registration::tidy();
         }
-        outcome
+        end.map(Fork::Parent)
     }
 
     /// Forks a child that cleans up, runs `f` and ends with its result as exit code; the child never returns from here.
@@ -140,7 +155,8 @@ impl ForkOptions<'_> {
 
     /// # Safety
     /// As for `fork`.
-    unsafe fn fork_ready(&self, ready: Ready) -> Result<Fork, ForkError> {
+    #[inline(always)]
+    unsafe fn fork_ready(&self, ready: &Ready) -> Result<Side, ForkError> {
         runtime::generation();
         let me = runtime::me();
         // The seat names the fork before carefork's own handler knows of it: other libraries' handlers come first.
@@ -171,7 +187,7 @@ impl ForkOptions<'_> {
                 Ok(0) => {
                     // The parent's count, on a page that need not be copied.
                     std::mem::forget(under_way);
-                    return Ok(Fork::Child(self.begin_child(ready, passed.mask.as_ref())));
+                    return Ok(Side::Child(passed.mask));
                 }
                 Ok(pid) => pid,
                 Err(e) => {
@@ -187,9 +203,7 @@ impl ForkOptions<'_> {
                         if let Some(armed) = &ready.armed {
                             armed.wait(|| sys::is_dead(pid));
                         }
-                        let child = Child::new(pid, self.pidfd).known_as(self.name.as_deref(), self.new_session);
-                        drop(under_way);
-                        return Ok(Fork::Parent(child));
+                        return Ok(Side::Parent(pid, under_way));
                     }
                     FIRST_BOUND
                 }
@@ -205,7 +219,7 @@ impl ForkOptions<'_> {
             let over = request.deadline.is_some_and(|d| clock::now() >= d);
             if again == 0 || over {
                 let outcome = request.outcome.take().unwrap_or(Outcome::Busy);
-                return Err(runtime::take_report().into_error(outcome));
+                return Err(refused(outcome));
             }
             // Others that wait for a lock of another library's handler get it now.
             sleep(again, request.deadline);
@@ -215,6 +229,7 @@ impl ForkOptions<'_> {
     }
 
     /// The child's first steps, signals blocked. Async-signal-safe: nothing here can fail or allocate.
+    #[inline(always)]
     fn begin_child(&self, ready: Ready, before: Option<&sys::SigSet>) -> InChild {
         self.signals.reset_dispositions();
         if self.new_session {
@@ -251,6 +266,14 @@ impl ForkOptions<'_> {
     }
 }
 
+/// Where a fork has come back.
+enum Side {
+    /// With the mask from before, if signals are blocked still.
+    Child(Option<sys::SigSet>),
+    /// With the child's number; it is under way until it is written down.
+    Parent(u32, Option<UnderWay>),
+}
+
 /// What a child of `spawn` does last: `_exit` runs no atexit handler.
 static AT_CHILD_END: OnceLock<fn()> = OnceLock::new();
 
@@ -266,6 +289,13 @@ fn let_go_at(deadline: Option<u64>) -> u64 {
     let now = clock::now();
     let left = deadline.map_or(1_000_000_000, |d| d.saturating_sub(now));
     now.saturating_add((left / 2).max(LAST_BOUND / 10))
+}
+
+/// Apart, for its buffers: every page of the frames below libc's fork is copied on both sides.
+#[cold]
+#[inline(never)]
+fn refused(outcome: Outcome) -> ForkError {
+    runtime::take_report().into_error(outcome)
 }
 
 /// By `clock`, which a test may drive; no longer than until `deadline`.
@@ -287,6 +317,7 @@ fn restore(passed: &Passed) {
 ///
 /// # Safety
 /// As for `fork`.
+#[inline(always)]
 unsafe fn once(me: &Slot, request: &mut Request) -> (std::io::Result<u32>, Passed) {
     // Turned off, the handlers do nothing, and the child must have its signals blocked all the same.
     let mask = runtime::is_off().then(sys::block_all);

@@ -47,6 +47,7 @@ impl InChild {
     }
 
     /// Ends the child at once (_exit(2)): no destructor, no atexit handler, nothing flushed.
+    #[inline]
     pub fn exit(self, code: i32) -> ! {
         sys::exit_now(code)
     }

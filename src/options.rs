@@ -140,6 +140,7 @@ impl<'fd> ForkOptions<'fd> {
     }
 
     /// Checks the options and gets ready what the child needs. Before the fork: allocates and may fail.
+    #[inline(never)]
     pub(crate) fn ready(&self) -> Result<Ready, ForkError> {
         self.signals.check()?;
         let mask = match &self.mask {
@@ -169,7 +170,7 @@ impl<'fd> ForkOptions<'fd> {
         keep.dedup();
         let null = if self.stdio_null { Some(sys::open_null().map_err(ForkError::Os)?) } else { None };
         let armed = self.death_signal.map(|_| Armed::new()).transpose().map_err(ForkError::Os)?;
-        Ok(Ready { mask, name, keep, null, parent: sys::getpid(), armed })
+        Ok(Ready { mask, name, keep, null, parent: self.death_signal.map_or(0, |_| sys::getpid()), armed })
     }
 }
 

@@ -37,6 +37,7 @@ impl Signals {
     }
 
     /// In the child, with every signal blocked. Async-signal-safe.
+    #[inline(always)]
     pub(crate) fn reset_dispositions(&self) {
         match self {
             Signals::Inherit => {}
@@ -73,6 +74,7 @@ impl Signals {
     }
 
     /// The child's mask, from the parent's.
+    #[inline(always)]
     pub(crate) fn mask(&self, before: &sys::SigSet, given: Option<&sys::SigSet>) -> sys::SigSet {
         match (given, self) {
             (Some(mask), _) => *mask,

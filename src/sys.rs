@@ -324,6 +324,7 @@ pub(crate) fn gettid() -> u32 {
     unsafe { raw(libc::SYS_gettid, [0; 6]) as u32 }
 }
 
+#[inline]
 pub(crate) fn getpid() -> u32 {
     // SAFETY: no arguments, cannot fail.
     unsafe { raw(libc::SYS_getpid, [0; 6]) as u32 }
@@ -360,6 +361,7 @@ pub(crate) type SigSet = u64;
 /// Signals that libc keeps for itself (cancellation, setuid and its like in all threads; musl has one more).
 const LIBC_OWN: SigSet = if cfg!(target_env = "musl") { 0b111 << 31 } else { 0b11 << 31 };
 
+#[inline]
 fn sigprocmask(new: &SigSet, old: Option<&mut SigSet>) {
     let old = old.map_or(std::ptr::null_mut(), std::ptr::from_mut);
     let a = [libc::SIG_SETMASK as usize, std::ptr::from_ref(new) as usize, old as usize, size_of::<SigSet>(), 0, 0];
@@ -389,6 +391,7 @@ pub(crate) fn current_mask() -> SigSet {
     now
 }
 
+#[inline]
 pub(crate) fn set_mask(mask: &SigSet) {
     sigprocmask(mask, None);
 }
@@ -474,6 +477,7 @@ pub(crate) unsafe fn fork() -> io::Result<u32> {
     cerr(unsafe { libc::fork() }.into()).map(|pid| pid as u32)
 }
 
+#[inline]
 pub(crate) fn exit_now(code: i32) -> ! {
     // SAFETY: _exit ends the process without running anything of ours.
     unsafe { libc::_exit(code) }
@@ -526,6 +530,7 @@ pub(crate) struct KernelAction {
     pub(crate) mask: u64,
 }
 
+#[inline(always)]
 pub(crate) fn default_disposition(signal: i32) {
     // On the stack, which the child has: a static would be another page to fault in.
     let default = KernelAction { handler: libc::SIG_DFL, flags: 0, restorer: 0, mask: 0 };
@@ -538,11 +543,13 @@ pub(crate) fn is_libc_own(signal: i32) -> bool {
     LIBC_OWN >> (signal - 1) & 1 == 1
 }
 
+#[inline]
 pub(crate) fn is_ignored(signal: i32) -> bool {
     disposition(signal).handler == libc::SIG_IGN
 }
 
 /// As the kernel has it.
+#[inline]
 pub(crate) fn disposition(signal: i32) -> KernelAction {
     let mut now = KernelAction { handler: libc::SIG_DFL, flags: 0, restorer: 0, mask: 0 };
     let a = [signal as usize, 0, &raw mut now as usize, size_of::<SigSet>(), 0, 0];
@@ -573,6 +580,7 @@ unsafe extern "C" fn restorer() {
 }
 
 /// A handler that does nothing: unlike SIG_IGN it does not survive an exec.
+#[inline(always)]
 pub(crate) fn ignore_by_handler(signal: i32) {
     #[cfg(target_arch = "x86_64")]
     const SA_RESTORER: libc::c_ulong = 0x0400_0000;
