@@ -291,6 +291,7 @@ pub(crate) fn dirty_child() {
     TABLE.dirty_child();
 }
 
+#[cold]
 pub(crate) fn grow_up() {
     TABLE.grow_up();
 }

@@ -38,8 +38,9 @@ use crate::registration::{self, Registration};
 use crate::{clock, print_wait, region, runtime, sys};
 use std::cell::{Cell, UnsafeCell};
 use std::io::{self, StderrLock, StdoutLock, Write};
+use std::mem::ManuallyDrop;
 use std::panic::{self, PanicHookInfo};
-use std::sync::atomic::{AtomicBool, AtomicU64, Ordering::Relaxed};
+use std::sync::atomic::{AtomicBool, Ordering::Relaxed};
 use std::sync::{Arc, Once};
 
 pub use crate::print_wait::{Stream, Waiting};
@@ -102,8 +103,11 @@ pub fn waiting() -> Option<Waiting> {
     runtime::print_wait().look(clock::now())
 }
 
+type Held = (StdoutLock<'static>, StderrLock<'static>);
+
 struct Streams {
-    held: UnsafeCell<Option<(StdoutLock<'static>, StderrLock<'static>)>>,
+    /// Not dropped with it, because a child leaves it as it finds it: taking it out would copy this page.
+    held: UnsafeCell<Option<ManuallyDrop<Held>>>,
     /// Something may be in the buffer still.
     unflushed: Cell<bool>,
 }
@@ -113,9 +117,6 @@ struct Streams {
 unsafe impl Send for Streams {}
 // SAFETY: as above.
 unsafe impl Sync for Streams {}
-
-/// The generation of the child in which the locks were let go of: they are known to be free there.
-static FREE_IN: AtomicU64 = AtomicU64::new(0);
 
 impl Streams {
     /// Waits for whoever prints. Allocates nothing: std's locks live in its statics, the buffer is there.
@@ -128,28 +129,30 @@ impl Streams {
         let err = io::stderr().lock();
         wait.ends(clock::now());
         // SAFETY: see `Sync`; no reference into the cell outlives a statement.
-        unsafe { *self.held.get() = Some((out, err)) };
+        unsafe { *self.held.get() = Some(ManuallyDrop::new((out, err))) };
     }
 
     fn release(&self) {
         // SAFETY: as in `take`.
         let held = unsafe { &mut *self.held.get() }.take();
-        if let Some((out, err)) = held {
+        if let Some((out, err)) = held.map(ManuallyDrop::into_inner) {
             drop(err);
             drop(out);
         }
     }
 
+    #[unsafe(link_section = ".text_carefork")]
     fn release_in_child(&self) {
-        // SAFETY: as in `take`.
-        let Some((mut out, err)) = unsafe { &mut *self.held.get() }.take() else { return };
-        if self.unflushed.replace(false) {
+        // SAFETY: as in `take`. A child's function runs once for each prepare, which puts new ones there before anybody looks again.
+        let Some((mut out, err)) = (unsafe { self.held.get().read() }).map(ManuallyDrop::into_inner) else { return };
+        if self.unflushed.get() {
+            self.unflushed.set(false);
             let thrown = sys::divert(libc::STDOUT_FILENO, || drop(out.flush()));
             say_unflushed(thrown.ok());
         }
         drop(err);
         drop(out);
-        FREE_IN.store(runtime::generation(), Relaxed);
+        runtime::streams_are_free();
     }
 }
 
@@ -179,7 +182,7 @@ fn say(line: &Text) {
 /// In a child: the locks of standard output and error are known to be free, because the guard took part in the fork.
 pub(crate) fn is_guarded() -> bool {
     let generation = runtime::generation();
-    generation != 0 && FREE_IN.load(Relaxed) == generation
+    generation != 0 && runtime::streams_free_in() == generation
 }
 
 static SPAWNED: AtomicBool = AtomicBool::new(false);

@@ -11,9 +11,16 @@ use std::sync::atomic::AtomicU32;
 
 /// Runs `f` and puts errno back as it was.
 pub(crate) fn keep_errno<R>(f: impl FnOnce() -> R) -> R {
-    let saved = errno();
+    let place = errno_place();
+    // SAFETY: the calling thread's own, as long as it runs.
+    let saved = unsafe { *place };
     let r = f();
-    set_errno(saved);
+    // Looks first: around a fork a page that is not written is not copied.
+    // SAFETY: as above.
+    if unsafe { *place } != saved {
+        // SAFETY: as above.
+        unsafe { *place = saved };
+    }
     r
 }
 

@@ -33,6 +33,17 @@ pub(crate) fn generation_here() -> u32 {
     STATE.generation.load(Relaxed) as u32
 }
 
+/// In a hook's child function: std's streams were let go of. Without a look at the wiped page, which would be a page fault or two.
+#[inline]
+pub(crate) fn streams_are_free() {
+    STATE.streams_free_in.store(STATE.generation.load(Relaxed), Relaxed);
+}
+
+/// The generation of the child in which std's streams were let go of last: they are known to be free there.
+pub(crate) fn streams_free_in() -> u64 {
+    STATE.streams_free_in.load(Relaxed)
+}
+
 pub(crate) fn dirty() -> bool {
     STATE.dirty.load(Relaxed)
 }
@@ -134,6 +145,7 @@ pub(super) fn take_over(ghosts: bool) {
 }
 
 /// What a parent registered for itself before its clean-up is its parent's here.
+#[inline(always)]
 pub(super) fn grow_up() {
     if STATE.young.load(Relaxed) {
         STATE.young.store(false, Relaxed);

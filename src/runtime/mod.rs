@@ -66,6 +66,7 @@ struct State {
     count: Counters,
     waited: Waited,
     print_wait: WaitWord,
+    streams_free_in: AtomicU64,
     gate: Gate<SlotTable>,
 }
 
@@ -97,6 +98,7 @@ static STATE: State = State {
     },
     waited: Waited { turn: Clocked::new(), regions: Clocked::new(), hooks: Clocked::new(), fork: Clocked::new() },
     print_wait: WaitWord::new(),
+    streams_free_in: AtomicU64::new(0),
     gate: Gate::new(SlotTable::new()),
 };
 
