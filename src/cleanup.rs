@@ -39,6 +39,7 @@ pub struct Cleanup {
 /// // SAFETY: refused, because this process is no child.
 /// assert!(unsafe { carefork::postfork_child_noexec() }.is_err());
 /// ```
+#[unsafe(link_section = ".text_carefork")]
 pub unsafe fn postfork_child_noexec() -> Result<Cleanup, NotAChild> {
     if runtime::is_no_child() {
         return Err(NotAChild { private: () });
@@ -47,6 +48,7 @@ pub unsafe fn postfork_child_noexec() -> Result<Cleanup, NotAChild> {
 }
 
 /// `keep` is sorted.
+#[unsafe(link_section = ".text_carefork")]
 pub(crate) fn run(keep: &[RawFd]) -> Cleanup {
     if !runtime::first_clean_up() {
         return Cleanup { already: true, ..Cleanup::default() };

@@ -8,6 +8,7 @@ use crate::sys;
 ///
 /// Three ways: close_range; where it is missing or refused, the numbers that /proc lists; without /proc, each number up to
 /// the limit on open files (what a process opened before it lowered its limit stays).
+#[unsafe(link_section = ".text_carefork")]
 pub(crate) fn close_span(first: u32, last: u32) {
     let errno = sys::errno();
     // SAFETY: integers only. The caller is a child that gives these numbers up.
