@@ -3,8 +3,8 @@
 //! What a word says and who may write it: `care_word.rs`.
 //!
 //! # Memory
-//! Words lie in chunks of 64 KiB that are mapped when first needed and never unmapped; a page of them that was never
-//! written costs nothing.
+//! Words lie in chunks of 64 KiB. The first lies with the statics, since most programs need no other and each mapping is one more
+//! that a fork copies; the rest are mapped when first needed and never unmapped. A page of them that was never written costs nothing.
 
 #![allow(unsafe_code)]
 
@@ -30,22 +30,32 @@ pub(crate) static TABLE: CareTable = CareTable::new();
 /// A word for every number, two levels deep.
 #[derive(Debug)]
 struct Words {
-    chunks: [AtomicPtr<AtomicU32>; CHUNKS],
+    first: Chunk,
+    /// The first is null for ever.
+    chunks: [AtomicPtr<Chunk>; CHUNKS],
 }
+
+type Chunk = [AtomicU32; CHUNK as usize];
 
 impl Words {
     const fn new() -> Self {
-        Self { chunks: [const { AtomicPtr::new(std::ptr::null_mut()) }; CHUNKS] }
+        Self {
+            first: [const { AtomicU32::new(0) }; CHUNK as usize],
+            chunks: [const { AtomicPtr::new(std::ptr::null_mut()) }; CHUNKS],
+        }
     }
 
     /// The chunk with that index, if it was ever needed.
     #[inline(always)]
-    fn chunk(&self, index: usize) -> Option<&[AtomicU32; CHUNK as usize]> {
+    fn chunk(&self, index: usize) -> Option<&Chunk> {
+        if index == 0 {
+            return Some(&self.first);
+        }
         // Acquire pairs with `grow`: who finds the chunk finds it zeroed.
         let chunk = self.chunks.get(index)?.load(Acquire);
         // SAFETY: null, or a mapping of CHUNK words by `grow`, which came zeroed (a valid AtomicU32), is aligned to a page
         // and is never unmapped.
-        unsafe { chunk.cast::<[AtomicU32; CHUNK as usize]>().as_ref() }
+        unsafe { chunk.as_ref() }
     }
 
     /// The word of `fd`; `None` if it is negative or in a chunk that was never needed.
@@ -68,8 +78,8 @@ impl Words {
     }
 
     #[cold]
-    fn grow(place: &AtomicPtr<AtomicU32>) -> io::Result<()> {
-        let len = CHUNK as usize * size_of::<AtomicU32>();
+    fn grow(place: &AtomicPtr<Chunk>) -> io::Result<()> {
+        let len = size_of::<Chunk>();
         let fresh = sys::map(len, false)?;
         if place.compare_exchange(std::ptr::null_mut(), fresh.cast(), AcqRel, Acquire).is_err() {
             // SAFETY: another thread was faster; nobody else knows this mapping.

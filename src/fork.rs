@@ -167,7 +167,7 @@ impl ForkOptions<'_> {
             return Err(ForkError::Forbidden { entered: me.entered() });
         }
         orphans::reap();
-        runtime::forget_report();
+        runtime::forget_report(me);
         runtime::gate().seats.verdicts.ready().map_err(ForkError::Os)?;
         let begin = clock::now();
         let ns = |d: std::time::Duration| u64::try_from(d.as_nanos()).unwrap_or(u64::MAX);
@@ -219,7 +219,7 @@ impl ForkOptions<'_> {
             let over = request.deadline.is_some_and(|d| clock::now() >= d);
             if again == 0 || over {
                 let outcome = request.outcome.take().unwrap_or(Outcome::Busy);
-                return Err(refused(outcome));
+                return Err(refused(me, outcome));
             }
             // Others that wait for a lock of another library's handler get it now.
             sleep(again, request.deadline);
@@ -294,8 +294,8 @@ fn let_go_at(deadline: Option<u64>) -> u64 {
 /// Apart, for its buffers: every page of the frames below libc's fork is copied on both sides.
 #[cold]
 #[inline(never)]
-fn refused(outcome: Outcome) -> ForkError {
-    runtime::take_report().into_error(outcome)
+fn refused(me: &Slot, outcome: Outcome) -> ForkError {
+    runtime::take_report(me).into_error(outcome)
 }
 
 /// By `clock`, which a test may drive; no longer than until `deadline`.
@@ -321,7 +321,7 @@ fn restore(passed: &Passed) {
 unsafe fn once(me: &Slot, request: &mut Request) -> (std::io::Result<u32>, Passed) {
     // Turned off, the handlers do nothing, and the child must have its signals blocked all the same.
     let mask = runtime::is_off().then(sys::block_all);
-    let forks = runtime::count_forks();
+    let forks = runtime::count_forks(me);
     let place = std::ptr::from_mut(request);
     me.request.store(place.cast(), Relaxed);
     me.set_entered(true);
@@ -330,6 +330,6 @@ unsafe fn once(me: &Slot, request: &mut Request) -> (std::io::Result<u32>, Passe
     let passed = runtime::passed(me, end.is_ok());
     me.set_entered(false);
     me.request.store(std::ptr::null_mut(), Relaxed);
-    runtime::counted(forks);
+    runtime::counted(me, forks);
     (end, Passed { mask: passed.mask.or(mask), ..passed })
 }

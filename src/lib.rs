@@ -30,6 +30,7 @@
 // ground
 mod sys;
 mod sys_close;
+mod sys_copies;
 mod sys_socket;
 #[cfg(feature = "log")]
 mod sys_write;
@@ -47,6 +48,7 @@ mod hook_list;
 mod care_word;
 mod care_table;
 mod verdict_page;
+mod chunks;
 mod slots;
 mod print_wait;
 mod error;

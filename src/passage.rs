@@ -51,6 +51,8 @@ pub(crate) struct Passage {
     pub(crate) late: Cell<bool>,
     /// In the child: a coordinated fork made it.
     pub(crate) coordinated: Cell<bool>,
+    /// libc's forks under way on this thread, one inside the other, since the innermost coordinated fork began.
+    pub(crate) under_way: Cell<u8>,
 }
 
 // SAFETY: a seat is one thread's at a time, and only that thread looks at its passage. Who clears what another left there has
@@ -73,6 +75,7 @@ impl Passage {
             undecided: Cell::new(false),
             late: Cell::new(false),
             coordinated: Cell::new(false),
+            under_way: Cell::new(0),
         }
     }
 
@@ -80,6 +83,7 @@ impl Passage {
     pub(crate) fn clear(&self) {
         let Passage { stage, nested, outer, errno_at, blocked, dirty, marking, undecided, late, coordinated, .. } =
             self;
+        self.under_way.set(0);
         stage.set(Stage::None);
         nested.set(0);
         outer.set(std::ptr::null_mut());

@@ -2,14 +2,14 @@
 
 #![allow(unsafe_code)]
 
+use crate::chunks::{Chunks, FIRST, Zeroed};
 use crate::gate::{GHOST, Seats, Slot, Used, VACANT};
 use crate::verdict_page::Page;
 use crate::{care_table, sys};
-use std::sync::atomic::{AtomicPtr, AtomicU32, Ordering};
+use std::sync::atomic::{AtomicU32, Ordering};
 
-/// The first seats are there without a mapping; each chunk after them doubles what there is.
-const FIRST: u32 = 64;
-const CHUNKS: usize = 20;
+// SAFETY: atomics, null pointers and a new passage.
+unsafe impl Zeroed for Slot {}
 
 #[derive(Debug)]
 #[repr(C)]
@@ -17,56 +17,16 @@ pub(crate) struct SlotTable {
     /// Seats ever given out.
     used: AtomicU32,
     pub(crate) verdicts: Page,
-    /// Chunk k holds the seats `FIRST << k .. FIRST << (k + 1)`. Never unmapped.
-    chunks: [AtomicPtr<Slot>; CHUNKS],
-    first: [Slot; FIRST as usize],
+    seats: Chunks<Slot>,
 }
 
 impl SlotTable {
     pub(crate) const fn new() -> Self {
         Self {
-            first: [const { Slot::new() }; FIRST as usize],
-            chunks: [const { AtomicPtr::new(std::ptr::null_mut()) }; CHUNKS],
             used: AtomicU32::new(0),
             verdicts: Page::new(),
+            seats: Chunks::new([const { Slot::new() }; FIRST as usize]),
         }
-    }
-
-    fn at(&self, index: u32) -> Option<&Slot> {
-        if index < FIRST {
-            return self.first.get(index as usize);
-        }
-        let k = (index / FIRST).ilog2();
-        let chunk = self.chunks.get(k as usize)?.load(Ordering::Acquire);
-        if chunk.is_null() {
-            return None;
-        }
-        // SAFETY: chunk k has FIRST << k seats and `index - (FIRST << k)` is less than that, by the choice of k.
-        let seat = unsafe { chunk.add((index - (FIRST << k)) as usize) };
-        // SAFETY: chunks come zeroed from the kernel, which is a valid `Slot` (atomics, null pointers and a new passage), and are
-        // never unmapped.
-        Some(unsafe { &*seat })
-    }
-
-    /// Makes sure that the chunk of `index` is mapped.
-    fn grow(&self, index: u32) -> bool {
-        if index < FIRST {
-            return true;
-        }
-        let k = (index / FIRST).ilog2();
-        let Some(place) = self.chunks.get(k as usize) else { return false };
-        if !place.load(Ordering::Acquire).is_null() {
-            return true;
-        }
-        let len = (FIRST as usize * size_of::<Slot>()) << k;
-        let Ok(fresh) = sys::map(len, false) else { return false };
-        let null = std::ptr::null_mut();
-        // AcqRel: who finds the chunk finds it zeroed.
-        if place.compare_exchange(null, fresh.cast(), Ordering::AcqRel, Ordering::Acquire).is_err() {
-            // SAFETY: another thread was faster; nobody else knows this mapping.
-            unsafe { sys::unmap(fresh, len) };
-        }
-        true
     }
 
     /// A seat for thread `tid`, in use at once; `None` if there is no memory. Async-signal-safe.
@@ -74,7 +34,7 @@ impl SlotTable {
         loop {
             let used = self.used.load(Ordering::SeqCst);
             for i in 0..used {
-                let Some(s) = self.at(i) else { continue };
+                let Some(s) = self.seats.at(i) else { continue };
                 if s.tid.load(Ordering::Relaxed) == VACANT
                     && s.tid.compare_exchange(VACANT, tid, Ordering::SeqCst, Ordering::Relaxed).is_ok()
                 {
@@ -84,10 +44,10 @@ impl SlotTable {
             if used >= FIRST && used.is_power_of_two() && self.sweep() {
                 continue;
             }
-            if !self.grow(used) {
+            if !self.seats.grow(used) {
                 return None;
             }
-            if let Some(s) = self.at(used) {
+            if let Some(s) = self.seats.at(used) {
                 // Several threads may store it, the same value.
                 s.id.store(used + 1, Ordering::Relaxed);
             }
@@ -171,7 +131,7 @@ impl Seats for SlotTable {
 
     fn each(&self, mut f: impl FnMut(&Slot) -> bool) {
         for i in 0..self.used.load(Ordering::SeqCst) {
-            if let Some(s) = self.at(i)
+            if let Some(s) = self.seats.at(i)
                 && !f(s)
             {
                 return;
@@ -180,7 +140,7 @@ impl Seats for SlotTable {
     }
 
     fn seat(&self, id: u32) -> Option<&Slot> {
-        if id == 0 || id > self.used.load(Ordering::Relaxed) { None } else { self.at(id - 1) }
+        if id == 0 || id > self.used.load(Ordering::Relaxed) { None } else { self.seats.at(id - 1) }
     }
 }
 

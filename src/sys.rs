@@ -272,40 +272,6 @@ pub(crate) fn map_wiped(len: usize) -> io::Result<(*mut libc::c_void, bool)> {
     Ok((page, nonsense != 0 && wiped == 0))
 }
 
-/// Whether this is the only copy of this library in the process: the first one maps a page at an address that only this library
-/// would choose. False if a page of ours is there already; whatever else may be there says nothing.
-pub(crate) fn is_only_copy() -> bool {
-    const PLACE: usize = 0x2c_a4ef_0000;
-    const MAGIC: u64 = u64::from_ne_bytes(*b"carefork");
-    // SAFETY: MAP_FIXED_NOREPLACE maps nothing over what is there; kernels that do not know it choose another address.
-    let p = unsafe {
-        libc::mmap(
-            PLACE as *mut libc::c_void,
-            PAGE,
-            libc::PROT_READ | libc::PROT_WRITE,
-            libc::MAP_PRIVATE | libc::MAP_ANONYMOUS | libc::MAP_NORESERVE | libc::MAP_FIXED_NOREPLACE,
-            -1,
-            0,
-        )
-    };
-    if p as usize == PLACE {
-        // SAFETY: just mapped, writable, and nobody else's.
-        unsafe { p.cast::<u64>().write(MAGIC) };
-        return true;
-    }
-    if p != libc::MAP_FAILED {
-        // SAFETY: just mapped, and known to nobody.
-        unsafe { unmap(p, PAGE) };
-    }
-    let mut found = 0u64;
-    let into = libc::iovec { iov_base: (&raw mut found).cast(), iov_len: size_of::<u64>() };
-    let pid = getpid().cast_signed();
-    let from = libc::iovec { iov_base: PLACE as *mut libc::c_void, iov_len: size_of::<u64>() };
-    // SAFETY: the kernel copies, and says EFAULT where nothing can be read; `found` is live.
-    unsafe { libc::process_vm_readv(pid, &into, 1, &from, 1, 0) };
-    found != MAGIC
-}
-
 // -- the world
 
 /// Whether the environment holds `name=value`. Reads the strings the process was started with or set since; at start only.

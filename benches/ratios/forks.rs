@@ -1,7 +1,7 @@
 //! Forks: two processes of this program take turns on the same work, one with `CAREFORK=off`.
 
 use crate::children;
-use crate::measure::{median, row, turns};
+use crate::measure::{Turns, median, row, turns};
 use carefork::{CareFd, Fork, ForkOptions, Hook, Signals};
 use std::io::{BufRead, BufReader, Write};
 use std::os::fd::OwnedFd;
@@ -48,6 +48,8 @@ impl Drop for Server {
 }
 
 const FORKS: usize = 40;
+const PAIRS: usize = 12;
+const TURNS: usize = 10;
 
 fn wait(pid: i32) {
     let mut status = 0;
@@ -233,13 +235,27 @@ pub(crate) fn serve() {
     }
 }
 
+/// Several pairs of processes, because where the kernel puts stack and libraries, and so how many pages a fork touches, is luck.
+pub(crate) fn pairs(
+    ours: (bool, &str),
+    rival: (bool, &str),
+    mut a: impl FnMut(&mut Server) -> f64,
+    mut b: impl FnMut(&mut Server) -> f64,
+) -> (f64, f64, f64) {
+    let mut all = Turns::default();
+    for _ in 0..PAIRS {
+        let (mut x, mut y) = (Server::start(ours.0, ours.1), Server::start(rival.0, rival.1));
+        all.take(TURNS, || a(&mut x), || b(&mut y));
+    }
+    all.medians()
+}
+
 pub(crate) fn rows(wanted: &dyn Fn(&str) -> bool) {
     let pair = |what: &str, ours: (bool, &str, &str), rival: (bool, &str, &str), limit: f64| {
         if !wanted(what) {
             return;
         }
-        let (mut a, mut b) = (Server::start(ours.0, ours.1), Server::start(rival.0, rival.1));
-        let r = turns(61, || a.ask(ours.2) / 1000.0, || b.ask(rival.2) / 1000.0);
+        let r = pairs((ours.0, ours.1), (rival.0, rival.1), |s| s.ask(ours.2) / 1000.0, |s| s.ask(rival.2) / 1000.0);
         row(what, r, "µs", limit);
     };
     pair("fork+_exit+wait, Inherit, against bare", (false, "", "inherit"), (true, "", "bare"), 1.06);
@@ -266,8 +282,8 @@ pub(crate) fn rows(wanted: &dyn Fn(&str) -> bool) {
     );
     let what = "fork with 1000 hooks, each";
     if wanted(what) {
-        let (mut a, mut b) = (Server::start(false, "hooks:1000"), Server::start(false, "hooks:0"));
-        let (ours, rival, _) = turns(61, || a.ask("inherit"), || b.ask("inherit"));
+        let fork = |s: &mut Server| s.ask("inherit");
+        let (ours, rival, _) = pairs((false, "hooks:1000"), (false, "hooks:0"), fork, fork);
         let each = (ours - rival) / 1000.0;
         let verdict = if each <= 25.0 { "reached" } else { "**missed**" };
         println!(

@@ -1,6 +1,6 @@
 //! The log: a record to a file, a queue of them, and forks while threads log.
 
-use crate::forks::Server;
+use crate::forks::{Server, pairs};
 use crate::measure::{row, turns, wall_on_threads};
 use carefork::Service;
 use carefork::log::{Builder, Logger, Output};
@@ -136,7 +136,7 @@ pub(crate) fn rows(wanted: &dyn Fn(&str) -> bool) {
     }
     let what = "fork+_exit+wait with log, stdio and one service registered, against bare";
     if wanted(what) {
-        let (mut a, mut b) = (Server::start(false, "subsystems"), Server::start(true, "subsystems"));
-        row(what, turns(31, || a.ask("inherit") / 1000.0, || b.ask("bare") / 1000.0), "µs", 1.10);
+        let ours = |s: &mut Server| s.ask("inherit") / 1000.0;
+        row(what, pairs((false, "subsystems"), (true, "subsystems"), ours, |s| s.ask("bare") / 1000.0), "µs", 1.10);
     }
 }

@@ -15,23 +15,42 @@ pub(crate) fn median(mut v: Vec<f64>) -> f64 {
 }
 
 /// `a` and `b` in turn, `rounds` times; the median of each, and of the ratios of the pairs.
-pub(crate) fn turns(rounds: usize, mut a: impl FnMut() -> f64, mut b: impl FnMut() -> f64) -> (f64, f64, f64) {
-    a();
-    b();
-    let (mut va, mut vb, mut ratios) = (Vec::new(), Vec::new(), Vec::new());
-    for i in 0..rounds {
-        let (x, y) = if i % 2 == 0 {
-            let x = a();
-            (x, b())
-        } else {
-            let y = b();
-            (a(), y)
-        };
-        va.push(x);
-        vb.push(y);
-        ratios.push(x / y);
+pub(crate) fn turns(rounds: usize, a: impl FnMut() -> f64, b: impl FnMut() -> f64) -> (f64, f64, f64) {
+    let mut all = Turns::default();
+    all.take(rounds, a, b);
+    all.medians()
+}
+
+/// What was measured in turn, of one pair or of several.
+#[derive(Default)]
+pub(crate) struct Turns {
+    ours: Vec<f64>,
+    rival: Vec<f64>,
+    ratios: Vec<f64>,
+}
+
+impl Turns {
+    /// `a` and `b` in turn, `rounds` times, after one that does not count.
+    pub(crate) fn take(&mut self, rounds: usize, mut a: impl FnMut() -> f64, mut b: impl FnMut() -> f64) {
+        a();
+        b();
+        for i in 0..rounds {
+            let (x, y) = if i % 2 == 0 {
+                let x = a();
+                (x, b())
+            } else {
+                let y = b();
+                (a(), y)
+            };
+            self.ours.push(x);
+            self.rival.push(y);
+            self.ratios.push(x / y);
+        }
     }
-    (median(va), median(vb), median(ratios))
+
+    pub(crate) fn medians(self) -> (f64, f64, f64) {
+        (median(self.ours), median(self.rival), median(self.ratios))
+    }
 }
 
 pub(crate) fn row(what: &str, (ours, rival, ratio): (f64, f64, f64), unit: &str, limit: f64) {

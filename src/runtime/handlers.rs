@@ -4,25 +4,6 @@
 
 use super::*;
 
-thread_local! {
-    /// What the prepare handler has collected for an error or a report. Here and not with the request, so that the frames below
-    /// libc's fork are small: each page of them is copied on both sides. Written only where something is in a fork's way.
-    static COLLECTED: UnsafeCell<Collected> = const { UnsafeCell::new(Collected { report: ManuallyDrop::new(Report::new()), busy: Busy::NONE }) };
-}
-
-struct Collected {
-    report: ManuallyDrop<Report>,
-    busy: Busy,
-}
-
-impl Collected {
-    /// Before a fork's first try: nobody is in its way yet.
-    fn forget(&mut self) {
-        self.report.forget();
-        self.busy.forget();
-    }
-}
-
 /// What the handlers leave for the coordinated fork on this thread.
 #[derive(Debug)]
 pub(crate) struct Passed {
@@ -40,17 +21,19 @@ pub(crate) fn passed(me: &Slot, made: bool) -> Passed {
 }
 
 /// Before a coordinated fork's first try. Async-signal-safe.
-pub(crate) fn forget_report() {
+pub(crate) fn forget_report(me: &Slot) {
     // SAFETY: as in `on_prepare`.
-    unsafe { &mut *COLLECTED.with(UnsafeCell::get) }.forget();
+    if let Some(collected) = unsafe { collected(me) } {
+        collected.forget();
+    }
 }
 
 /// Why this thread's coordinated fork was refused.
-pub(crate) fn take_report() -> Report {
+pub(crate) fn take_report(me: &Slot) -> Report {
     // SAFETY: as in `on_prepare`.
-    let collected = unsafe { &mut *COLLECTED.with(UnsafeCell::get) };
-    collected.report.busy = collected.busy;
-    ManuallyDrop::into_inner(std::mem::replace(&mut collected.report, ManuallyDrop::new(Report::new())))
+    let Some(collected) = (unsafe { collected(me) }) else { return Report::new() };
+    let Collected { report, busy } = std::mem::replace(collected, Collected::NEW);
+    Report { busy, ..ManuallyDrop::into_inner(report) }
 }
 
 /// A coordinated fork's side of the handlers; lives on the stack of `fork`, named by the seat (`Slot::request`).
@@ -160,7 +143,7 @@ pub(super) extern "C" fn on_prepare() {
         return;
     }
     if let Some(me) = seated() {
-        if matches!(me.passage.stage.get(), Stage::Committed(_)) && !is_inner() {
+        if matches!(me.passage.stage.get(), Stage::Committed(_)) && !is_inner(me) {
             // A replacement for fork that calls libc's again, because the first made no child.
             conclude_undecided(me, false);
         }
@@ -172,17 +155,17 @@ pub(super) extern "C" fn on_prepare() {
     let errno = sys::errno();
     // No memory for a seat: the child finds no stage, and is dirty.
     let Some(me) = try_me() else { return };
+    // SAFETY: this thread's own seat, and one handler at a time is at work on it: what comes back here meanwhile, from a hook, sees
+    // the stage.
+    let Some(collected) = (unsafe { collected(me) }) else { return };
     let passage = &me.passage;
     passage.undecided.set(false);
     passage.errno.set(errno);
     passage.errno_at.set(sys::errno_place());
     passage.stage.set(Stage::Working);
     // In the child nobody comes back to it: `take_over` forgets what the seat names.
-    let inner = is_inner().then(|| me.request.swap(std::ptr::null_mut(), Relaxed));
+    let inner = is_inner(me).then(|| me.request.swap(std::ptr::null_mut(), Relaxed));
     passage.outer.set(inner.unwrap_or(std::ptr::null_mut()));
-    // SAFETY: this thread's own, and one handler at a time is at work on it: what comes back here meanwhile, from a hook, sees the
-    // stage.
-    let collected = unsafe { &mut *COLLECTED.with(UnsafeCell::get) };
     // SAFETY: the request lives on the stack of `fork`, which is below this frame on the same thread, and `fork` looks
     // at it again only after libc's fork has returned.
     let request = unsafe { me.request.load(Relaxed).cast::<Request>().as_mut() };

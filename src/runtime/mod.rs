@@ -16,7 +16,7 @@ use crate::passage::{Passage, Stage};
 use crate::prepare::{self, Hooks, How, Outcome, Plan, Steps, Wait};
 use crate::print_wait::{self, WaitWord};
 use crate::slots::SlotTable;
-use crate::{clock, sys};
+use crate::{clock, sys, sys_copies};
 use std::cell::{Cell, UnsafeCell};
 use std::mem::ManuallyDrop;
 use std::sync::atomic::{AtomicBool, AtomicPtr, AtomicU32, AtomicU64, Ordering};
@@ -24,11 +24,13 @@ use std::time::Duration;
 
 use Ordering::{AcqRel, Acquire, Relaxed, Release};
 
+mod collected;
 mod generation;
 mod handlers;
 mod nesting;
 mod program;
 
+use collected::{Collected, collected};
 pub(crate) use generation::*;
 pub(crate) use handlers::*;
 pub(crate) use nesting::*;
@@ -250,7 +252,13 @@ fn try_me_slow() -> Option<&'static Slot> {
     }
     // A signal handler that needs a seat in the middle of this would take a second one.
     let mask = sys::block_all();
-    let s = STATE.gate.seats.claim(sys::gettid());
+    let mut s = STATE.gate.seats.claim(sys::gettid());
+    if let Some(without) = s
+        && !collected::ready(without)
+    {
+        without.tid.store(VACANT, Release);
+        s = None;
+    }
     if let Some(s) = s {
         s.passage.clear();
         let name = sys::thread_name();
@@ -337,7 +345,7 @@ fn start_slow() {
         STATE.gate.use_fences();
     }
     STATE.off.store(sys::env_is(c"CAREFORK", "off"), Relaxed);
-    if !sys::is_only_copy() {
+    if !sys_copies::is_first_copy() {
         sys::say(
             b"carefork: two copies of carefork are loaded in this process (a plugin brought its own?): the regions and \
               care-fds of each are unknown to the other's users\n",

@@ -9,36 +9,39 @@
 
 use super::*;
 
-thread_local! {
-    /// libc's forks under way on this thread, one inside the other, since the innermost coordinated fork began.
-    static UNDER_WAY: Cell<u32> = const { Cell::new(0) };
-}
-
 /// Before a coordinated fork: the count begins anew, and is what this answers again for `counted`.
-pub(crate) fn count_forks() -> u32 {
+pub(crate) fn count_forks(me: &Slot) -> u8 {
     static ASKED: AtomicBool = AtomicBool::new(false);
     // musl holds a lock over all handlers, so no handler can fork there, and registering would wait for other threads' forks.
     if cfg!(not(target_env = "musl")) && !ASKED.load(Relaxed) && !ASKED.swap(true, Relaxed) {
         // SAFETY: the handlers stay loaded, as the first three do. Where there is no memory for them nothing is told apart.
         unsafe { libc::pthread_atfork(Some(begins), Some(ends), Some(ends)) };
     }
-    UNDER_WAY.replace(0)
+    me.passage.under_way.replace(0)
 }
 
 /// After it, on both sides.
-pub(crate) fn counted(before: u32) {
-    UNDER_WAY.set(before);
+pub(crate) fn counted(me: &Slot, before: u8) {
+    me.passage.under_way.set(before);
 }
 
 /// The fork that has come to `on_prepare` was made by a handler, inside another.
-pub(super) fn is_inner() -> bool {
-    UNDER_WAY.get() > 1
+pub(super) fn is_inner(me: &Slot) -> bool {
+    me.passage.under_way.get() > 1
 }
 
+// With the rest of what a child runs: no page of code of its own.
+#[unsafe(link_section = ".text_carefork")]
 extern "C" fn begins() {
-    UNDER_WAY.set(UNDER_WAY.get() + 1);
+    // A thread without a seat is in no coordinated fork.
+    if let Some(me) = seated() {
+        me.passage.under_way.set(me.passage.under_way.get().saturating_add(1));
+    }
 }
 
+#[unsafe(link_section = ".text_carefork")]
 extern "C" fn ends() {
-    UNDER_WAY.set(UNDER_WAY.get().saturating_sub(1));
+    if let Some(me) = seated() {
+        me.passage.under_way.set(me.passage.under_way.get().saturating_sub(1));
+    }
 }
