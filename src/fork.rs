@@ -28,6 +28,9 @@ pub enum Fork {
     Child(InChild),
 }
 
+// The caller's `?` moves it in the child too: more than this is a call of libc's memcpy, a page of code that the child touches first.
+const _: () = assert!(size_of::<Result<Fork, ForkError>>() <= 128);
+
 /// Forks: every carefork lock, region and hook is at rest at that instant, in parent and child.
 ///
 /// Waits until no other thread is in a region, takes the hooks' locks, forks with libc's fork (other libraries' at-fork handlers

@@ -1,6 +1,6 @@
 //! Children: how soon a death is told of, what a dispatch costs, children by the thousand.
 
-use crate::forks::Server;
+use crate::forks::{Server, pairs};
 use crate::measure::{median, row, turns};
 use carefork::{Child, Fork, ForkOptions, Reaper};
 use std::io::{Read, Write};
@@ -156,6 +156,30 @@ pub(crate) fn forked_and_waited(n: u32) -> f64 {
     (now() - begin) as f64 / f64::from(n)
 }
 
+/// The same by what the kernel offers to whoever wants neither signals nor a thread for each child: what of the row is its own. ns each.
+pub(crate) fn forked_and_polled(n: u32) -> f64 {
+    let epoll = unsafe { OwnedFd::from_raw_fd(libc::epoll_create1(libc::EPOLL_CLOEXEC)) };
+    let epoll = epoll.as_raw_fd();
+    let begin = now();
+    for _ in 0..n {
+        let pid = match unsafe { libc::fork() } {
+            0 => unsafe { libc::_exit(0) },
+            pid => pid,
+        };
+        unsafe {
+            let pidfd = OwnedFd::from_raw_fd(libc::syscall(libc::SYS_pidfd_open, pid, 0) as i32);
+            let mut event = libc::epoll_event { events: libc::EPOLLIN as u32, u64: 0 };
+            libc::epoll_ctl(epoll, libc::EPOLL_CTL_ADD, pidfd.as_raw_fd(), &mut event);
+            poll_in(epoll);
+            assert_eq!(libc::epoll_wait(epoll, &mut event, 1, 0), 1);
+            let mut info: libc::siginfo_t = std::mem::zeroed();
+            assert_eq!(libc::waitid(libc::P_PIDFD, pidfd.as_raw_fd() as u32, &mut info, libc::WEXITED), 0);
+            libc::epoll_ctl(epoll, libc::EPOLL_CTL_DEL, pidfd.as_raw_fd(), std::ptr::null_mut());
+        }
+    }
+    (now() - begin) as f64 / f64::from(n)
+}
+
 #[cfg(target_env = "gnu")]
 fn heap() -> usize {
     let info = unsafe { libc::mallinfo2() };
@@ -182,9 +206,11 @@ pub(crate) fn rows(wanted: &dyn Fn(&str) -> bool) {
     }
     let what = "10 000 children started, watched and reaped, against fork and waitpid";
     if wanted(what) {
-        let (mut ours, mut rival) = (Server::start(false, ""), Server::start(true, ""));
-        let r = turns(40, || ours.ask("children by reaper") / 1000.0, || rival.ask("children by waitpid") / 1000.0);
-        row(what, r, "µs", 1.1);
+        let by = |how: &'static str| move |s: &mut Server| s.ask(how) / 1000.0;
+        let plain = by("children by waitpid");
+        row(what, pairs((false, ""), (true, ""), by("children by reaper"), plain), "µs", 1.1);
+        let (ours, rival, ratio) = pairs((true, ""), (true, ""), by("children by epoll"), plain);
+        println!("| of it the kernel's: fork, pidfd, epoll by hand | {ours:.1} µs | {rival:.1} µs | {ratio:.3} | | |");
     }
     let what = "memory of a watched child";
     #[cfg(target_env = "gnu")]

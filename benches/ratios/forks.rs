@@ -64,6 +64,19 @@ fn bare() {
     }
 }
 
+/// What a pidfd costs whoever opens one for a child.
+fn bare_pidfd() {
+    match unsafe { libc::fork() } {
+        0 => unsafe { libc::_exit(0) },
+        pid => unsafe {
+            let pidfd = libc::syscall(libc::SYS_pidfd_open, pid, 0) as i32;
+            let mut info: libc::siginfo_t = std::mem::zeroed();
+            assert_eq!(libc::waitid(libc::P_PIDFD, pidfd as u32, &mut info, libc::WEXITED), 0);
+            libc::close(pidfd);
+        },
+    }
+}
+
 fn careful(options: &ForkOptions) {
     // Matched where it is: `unwrap` would move it out first, which costs a child libc's memcpy, another page of code.
     match unsafe { options.fork() } {
@@ -207,8 +220,10 @@ pub(crate) fn serve() {
             "bare p99" => p99(bare),
             "inherit p99" => p99(|| careful(&inherit)),
             "qemu" => time(qemu),
-            "children by reaper" => children::started_and_reaped(250),
-            "children by waitpid" => children::forked_and_waited(250),
+            "children by reaper" => children::started_and_reaped(84),
+            "children by epoll" => children::forked_and_polled(84),
+            "children by waitpid" => children::forked_and_waited(84),
+            "bare pidfd" => time(bare_pidfd),
             "cleanup" => in_child(|| {
                 let t = Instant::now();
                 unsafe { carefork::postfork_child_noexec() }.unwrap();
@@ -259,6 +274,13 @@ pub(crate) fn rows(wanted: &dyn Fn(&str) -> bool) {
         row(what, r, "µs", limit);
     };
     pair("fork+_exit+wait, Inherit, against bare", (false, "", "inherit"), (true, "", "bare"), 1.06);
+    if wanted("fork+_exit+wait, Inherit, against bare") {
+        let (a, b) = (|s: &mut Server| s.ask("bare pidfd") / 1000.0, |s: &mut Server| s.ask("bare") / 1000.0);
+        let (ours, rival, ratio) = pairs((true, ""), (true, ""), a, b);
+        println!(
+            "| of it the kernel's: a pidfd opened, waited by, closed | {ours:.1} µs | {rival:.1} µs | {ratio:.3} | | |"
+        );
+    }
     pair("fork+_exit+wait, Reset, against bare", (false, "", "reset"), (true, "", "bare"), 1.10);
     pair("fork+_exit+wait, Reset, against qemu_fork", (false, "", "reset"), (true, "", "qemu"), 1.0);
     for (what, ours, rival, limit) in [

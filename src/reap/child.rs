@@ -25,7 +25,8 @@ pub struct Child {
     /// The reading end of its standard error, where [`Command`](crate::Command) was asked for a pipe.
     pub stderr: Option<CareFd<PipeReader>>,
     body: Body,
-    exit: Option<Exit>,
+    /// Apart, since a `Child` is moved more often than it ends.
+    exit: Option<Box<Exit>>,
 }
 
 /// This process's ends of a child's standard streams.
@@ -51,11 +52,11 @@ impl Child {
 
     /// But for the pipes, which are to be taken before: [`Child::take_pipes`].
     pub(crate) fn into_parts(mut self) -> (Body, Option<Exit>) {
-        (std::mem::replace(&mut self.body, Body::nobody()), self.exit.take())
+        (std::mem::replace(&mut self.body, Body::nobody()), self.exit.take().map(|e| *e))
     }
 
     pub(crate) fn from_body(body: Body, exit: Option<Exit>) -> Self {
-        Child { stdin: None, stdout: None, stderr: None, body, exit }
+        Child { stdin: None, stdout: None, stderr: None, body, exit: exit.map(Box::new) }
     }
 
     /// ECHILD in a process that is not the parent.
@@ -110,7 +111,7 @@ impl Child {
 
     /// All about its end, once a wait has said that it ended: status, times, memory. Also where the status was lost, and the wait failed.
     pub fn exit(&self) -> Option<&Exit> {
-        self.exit.as_ref()
+        self.exit.as_deref()
     }
 
     /// Waits for the child to end and reaps it; the same status again afterwards. Closes `stdin` first, for which the child may wait.
@@ -245,9 +246,9 @@ impl Child {
         self.body.check_parent()?;
         if self.exit.is_none() {
             let Some(record) = self.body.look(how)? else { return Ok(None) };
-            self.exit = Some(self.body.exit(record));
+            self.exit = Some(Box::new(self.body.exit(record)));
         }
-        match self.exit.as_ref().and_then(Exit::exit_status) {
+        match self.exit().and_then(Exit::exit_status) {
             Some(status) => Ok(Some(status)),
             None => Err(io::Error::from_raw_os_error(libc::ECHILD)),
         }
