@@ -86,6 +86,17 @@ fn careful(options: &ForkOptions) {
     }
 }
 
+/// Page faults of a child that ends at once, from its birth on.
+fn faults_of(child: impl Fn() -> i32) -> f64 {
+    let one = |_| unsafe {
+        let mut usage: libc::rusage = std::mem::zeroed();
+        let pid = child();
+        assert_eq!(libc::wait4(pid, std::ptr::null_mut(), 0, &mut usage), pid);
+        usage.ru_minflt as f64
+    };
+    median((0..FORKS).map(one).collect())
+}
+
 /// qemu_fork: block everything, fork, 64 handlers to default in the child, unblock on both sides.
 fn qemu() {
     unsafe {
@@ -223,6 +234,15 @@ pub(crate) fn serve() {
             "children by reaper" => children::started_and_reaped(84),
             "children by epoll" => children::forked_and_polled(84),
             "children by waitpid" => children::forked_and_waited(84),
+            "faults of bare" => faults_of(|| match unsafe { libc::fork() } {
+                0 => unsafe { libc::_exit(0) },
+                pid => pid,
+            }),
+            "faults of inherit" => faults_of(|| match unsafe { inherit.fork() } {
+                Ok(Fork::Child(c)) => c.exit(0),
+                Ok(Fork::Parent(c)) => c.into_id() as i32,
+                Err(e) => panic!("{e}"),
+            }),
             "bare pidfd" => time(bare_pidfd),
             "cleanup" => in_child(|| {
                 let t = Instant::now();
@@ -280,6 +300,14 @@ pub(crate) fn rows(wanted: &dyn Fn(&str) -> bool) {
         println!(
             "| of it the kernel's: a pidfd opened, waited by, closed | {ours:.1} µs | {rival:.1} µs | {ratio:.3} | | |"
         );
+    }
+    for (what, setup) in [("a child", ""), ("a child, with log, stdio and one service registered", "subsystems")] {
+        let what = format!("page faults of {what}, against bare");
+        if wanted(&what) {
+            let (a, b) = (|s: &mut Server| s.ask("faults of inherit"), |s: &mut Server| s.ask("faults of bare"));
+            let (ours, rival, _) = pairs((false, setup), (true, setup), a, b);
+            println!("| {what} | {ours} | {rival} | | | |");
+        }
     }
     pair("fork+_exit+wait, Reset, against bare", (false, "", "reset"), (true, "", "bare"), 1.10);
     pair("fork+_exit+wait, Reset, against qemu_fork", (false, "", "reset"), (true, "", "qemu"), 1.0);
