@@ -31,6 +31,7 @@
 mod sys;
 mod sys_close;
 mod sys_copies;
+mod sys_signals;
 mod sys_socket;
 #[cfg(feature = "log")]
 mod sys_write;
