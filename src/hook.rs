@@ -12,7 +12,6 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU32, Ordering};
 
 type Call = Box<dyn Fn() + Send + Sync>;
-type Trial = Box<dyn Fn() -> Result<(), Veto> + Send + Sync>;
 
 /// Why a hook does not want a fork to happen; made from text.
 ///
@@ -53,11 +52,58 @@ pub(crate) trait Foreign: Send + Sync {
     fn release_in_child(&self);
 }
 
-enum Prepare {
-    Nothing,
-    Call(Call),
-    Trial(Trial),
-    Lock(Arc<Taken<dyn Foreign>>),
+/// What a hook does before a fork. On the forking thread, without allocating.
+trait Prepare: Send + Sync {
+    fn prepare(&self, attempt: &Attempt<'_>) -> Result<(), Refusal>;
+
+    /// The foreign lock that it takes.
+    fn lock(&self) -> Option<&Arc<Taken<dyn Foreign>>> {
+        None
+    }
+}
+
+/// One way through the hooks before a fork.
+pub(crate) struct Attempt<'a> {
+    pub(crate) hooks: &'a HookList<Calls>,
+    pub(crate) how: How,
+}
+
+pub(crate) enum Refusal {
+    Veto(Veto),
+    /// The lock was not to be had.
+    Conflict,
+}
+
+/// Cannot say no.
+struct Simple<F>(F);
+
+impl<F: Fn() + Send + Sync> Prepare for Simple<F> {
+    fn prepare(&self, _: &Attempt<'_>) -> Result<(), Refusal> {
+        (self.0)();
+        Ok(())
+    }
+}
+
+struct Trial<F>(F);
+
+impl<F: Fn() -> Result<(), Veto> + Send + Sync> Prepare for Trial<F> {
+    fn prepare(&self, _: &Attempt<'_>) -> Result<(), Refusal> {
+        (self.0)().map_err(Refusal::Veto)
+    }
+}
+
+impl Prepare for Arc<Taken<dyn Foreign>> {
+    fn prepare(&self, attempt: &Attempt<'_>) -> Result<(), Refusal> {
+        if !take(attempt, &self.lock) {
+            return Err(Refusal::Conflict);
+        }
+        self.taken.store(true, Ordering::Relaxed);
+        Ok(())
+    }
+
+    fn lock(&self) -> Option<&Arc<Taken<dyn Foreign>>> {
+        Some(self)
+    }
 }
 
 /// A foreign lock, and whether a fork has it: one whose `prepare` was replaced is never taken, and so never let go of.
@@ -104,69 +150,67 @@ impl Drop for LetGo<'_> {
 /// # Ok::<(), Box<dyn std::error::Error>>(())
 /// ```
 #[must_use = "a hook counts once it is registered"]
-// What both sides call after a fork comes first, on one cache line with the list's own words; the rest of the node is another.
-#[repr(C)]
 pub struct Hook {
-    child: Option<Call>,
-    parent: Option<Call>,
-    prepare: Prepare,
-    undo: Option<Call>,
-    /// Apart: a fork with many hooks goes through the memory of all of them three times.
-    pub(crate) rest: Box<Rest>,
+    rank: i32,
+    calls: Calls,
 }
 
-/// What a fork does not look at on its way.
-pub(crate) struct Rest {
+/// A hook in the list. Small, because a fork copies the page tables of all that is mapped, at 0.2 µs a page, and goes through this
+/// memory three times, twice with nothing of it in the processor's caches.
+#[repr(C)]
+pub(crate) struct Calls {
+    // What both sides call after a fork lies by the list's own words for the way back.
+    child: Option<Call>,
+    parent: Option<Call>,
+    prepare: Option<Box<dyn Prepare>>,
     pub(crate) name: &'static str,
-    pub(crate) rank: i32,
+    /// Most hooks have nothing of it.
+    rare: Option<Box<Rare>>,
+}
+
+#[derive(Default)]
+struct Rare {
+    undo: Option<Call>,
     /// Shared, so that a clean-up can run it without the list.
-    pub(crate) cleanup: Option<Arc<dyn Fn() + Send + Sync>>,
-    /// What its prepare took, where that was worth a page that the fork would copy; of the generation `counted_in`. A child need not
-    /// copy that page to begin anew.
-    waited: Clocked,
+    cleanup: Option<Arc<dyn Fn() + Send + Sync>>,
+    waited: Option<Waited>,
+}
+
+/// What its prepare took, where that was worth a page that the fork would copy; of the generation `counted_in`. A child need not
+/// copy that page to begin anew.
+struct Waited {
+    clocked: Clocked,
     counted_in: AtomicU32,
 }
 
 impl fmt::Debug for Hook {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.debug_struct("Hook").field("name", &self.rest.name).field("rank", &self.rest.rank).finish_non_exhaustive()
+        f.debug_struct("Hook").field("name", &self.calls.name).field("rank", &self.rank).finish_non_exhaustive()
     }
 }
 
 impl Hook {
     /// A hook that does nothing yet, of rank 0. The name is what errors and reports call it.
     pub fn new(name: &'static str) -> Self {
-        Hook {
-            prepare: Prepare::Nothing,
-            undo: None,
-            parent: None,
-            child: None,
-            rest: Box::new(Rest {
-                name,
-                rank: 0,
-                cleanup: None,
-                waited: Clocked::new(),
-                counted_in: AtomicU32::new(0),
-            }),
-        }
+        Hook { rank: 0, calls: Calls { child: None, parent: None, prepare: None, name, rare: None } }
     }
 
     /// Its place in lock order: prepare runs by rising rank, outer locks first; among equals the newest first (H2).
     pub fn rank(mut self, rank: i32) -> Self {
-        self.rest.rank = rank;
+        self.rank = rank;
         self
     }
 
     /// Runs before the fork. It may block; a lock that can be tried is better served by
     /// [`Hook::std_mutex`] and its kin, which keep to the fork's budget.
     pub fn prepare(mut self, f: impl Fn() + Send + Sync + 'static) -> Self {
-        self.prepare = Prepare::Call(Box::new(f));
+        self.calls.prepare = Some(Box::new(Simple(f)));
         self
     }
 
     /// Runs before the fork and may say no to it (H3). Replaces [`Hook::prepare`].
     pub fn try_prepare(mut self, f: impl Fn() -> Result<(), Veto> + Send + Sync + 'static) -> Self {
-        self.prepare = Prepare::Trial(Box::new(f));
+        self.calls.prepare = Some(Box::new(Trial(f)));
         self
     }
 
@@ -176,81 +220,109 @@ impl Hook {
     /// handlers before this one and leaves errno changed: errno is all that libc tells handlers of a fork's end. So both should leave
     /// locks in the same state. A fork by this crate is always told apart.
     pub fn undo(mut self, f: impl Fn() + Send + Sync + 'static) -> Self {
-        self.undo = Some(self.and_let_go(f, |lock| lock.release()));
+        let undo = self.and_let_go(f, |lock| lock.release());
+        self.calls.rare().undo = Some(undo);
         self
     }
 
     /// Runs in the parent after the fork.
     pub fn parent(mut self, f: impl Fn() + Send + Sync + 'static) -> Self {
-        self.parent = Some(self.and_let_go(f, |lock| lock.release()));
+        self.calls.parent = Some(self.and_let_go(f, |lock| lock.release()));
         self
     }
 
     /// Runs in every child, also one that will exec in a moment.
     pub fn child(mut self, f: impl Fn() + Send + Sync + 'static) -> Self {
-        self.child = Some(self.and_let_go(f, |lock| lock.release_in_child()));
+        self.calls.child = Some(self.and_let_go(f, |lock| lock.release_in_child()));
         self
     }
 
     /// Runs in a child that goes on without exec, as part of its clean-up; there it may allocate and start threads.
     pub fn cleanup(mut self, f: impl Fn() + Send + Sync + 'static) -> Self {
-        self.rest.cleanup = Some(Arc::new(f));
+        self.calls.rare().cleanup = Some(Arc::new(f));
         self
     }
 
     pub(crate) fn foreign(name: &'static str, lock: impl Foreign + 'static) -> Self {
-        let lock = Arc::new(Taken { taken: AtomicBool::new(false), lock });
-        let hook = Hook { prepare: Prepare::Lock(lock), ..Hook::new(name) };
+        let lock: Arc<Taken<dyn Foreign>> = Arc::new(Taken { taken: AtomicBool::new(false), lock });
+        let mut hook = Hook::new(name);
+        hook.calls.prepare = Some(Box::new(lock));
         hook.parent(|| {}).child(|| {})
     }
 
     /// `f`; for the hook of a foreign lock, then its release, also where `f` panics.
     fn and_let_go(&self, f: impl Fn() + Send + Sync + 'static, release: fn(&dyn Foreign)) -> Call {
-        match &self.prepare {
-            Prepare::Lock(lock) => {
+        match self.calls.lock() {
+            Some(lock) => {
                 let lock = Arc::clone(lock);
                 Box::new(move || {
                     let _after = LetGo(&*lock, release);
                     f();
                 })
             }
-            _ => Box::new(f),
+            None => Box::new(f),
         }
+    }
+
+    /// What the list keeps of it, and its rank. With `timed`, there is room to note what its prepare takes.
+    pub(crate) fn into_calls(mut self, timed: bool) -> (i32, Calls) {
+        if timed {
+            self.calls.rare().waited = Some(Waited { clocked: Clocked::new(), counted_in: AtomicU32::new(0) });
+        }
+        (self.rank, self.calls)
     }
 }
 
-impl Hook {
+impl Calls {
+    fn rare(&mut self) -> &mut Rare {
+        self.rare.get_or_insert_default()
+    }
+
+    fn lock(&self) -> Option<&Arc<Taken<dyn Foreign>>> {
+        self.prepare.as_ref()?.lock()
+    }
+
+    pub(crate) fn cleanup(&self) -> Option<&Arc<dyn Fn() + Send + Sync>> {
+        self.rare.as_ref()?.cleanup.as_ref()
+    }
+
+    fn waited_place(&self) -> Option<&Waited> {
+        self.rare.as_ref()?.waited.as_ref()
+    }
+
     /// In a child whose fork has not prepared this hook: a foreign lock that another thread's fork had is let go of. That fork is
     /// not here to do it, and nobody was inside.
     pub(crate) fn abandon(&self) {
-        if let Prepare::Lock(lock) = &self.prepare {
+        if let Some(lock) = self.lock() {
             drop(LetGo(&**lock, |lock| lock.release_in_child()));
         }
     }
 }
 
-/// With more hooks than this none is timed: reading the clock would cost as much as calling them.
+/// With more hooks than this none is timed: reading the clock would cost as much as calling them. Nor has one that comes behind so many
+/// the memory for it.
 pub(crate) const TIMED: u32 = 64;
 /// A prepare that took less than this many ns has waited for nothing: a few system calls and page faults. Noting it would cost as much again,
 /// for a page that the fork copies.
 const WORTH_NOTING: u64 = 10_000;
 
-impl Hook {
+impl Calls {
     /// By the role's holder, in the process of that generation.
     pub(crate) fn took(&self, ns: u64, generation: u32) {
-        if ns >= WORTH_NOTING {
-            let Rest { waited, counted_in, .. } = &*self.rest;
+        if ns >= WORTH_NOTING
+            && let Some(Waited { clocked, counted_in }) = self.waited_place()
+        {
             if counted_in.swap(generation, Ordering::Relaxed) != generation {
-                waited.reset();
+                clocked.reset();
             }
-            waited.note(ns);
+            clocked.note(ns);
         }
     }
 
     /// What its prepare took in this process, whose generation that is. As `took`.
     pub(crate) fn waited(&self, generation: u32) -> Durations {
-        let here = self.rest.counted_in.load(Ordering::Relaxed) == generation;
-        if here { self.rest.waited.read() } else { Durations::default() }
+        let here = self.waited_place().filter(|w| w.counted_in.load(Ordering::Relaxed) == generation);
+        here.map_or_else(Durations::default, |w| w.clocked.read())
     }
 }
 
@@ -277,41 +349,53 @@ const TRIES: (u32, u32) = (64, 4096);
 /// The first and the longest pause between two rows of tries with the gate open, in ns.
 const PAUSES: (u64, u64) = (20_000, 1_000_000);
 
-/// Prepares one hook. Runs in the prepare handler; allocates nothing unless the hook panics.
-pub(crate) fn prepare(
-    hooks: &HookList<Hook>,
-    hook: &Hook,
-    how: How,
+/// Why a hook is not prepared.
+pub(crate) enum Unprepared {
+    /// Somebody waits for a fork to give way.
+    Left,
+    Refused(Refusal),
+    Panicked(Box<dyn std::any::Any + Send>),
+}
+
+impl Attempt<'_> {
+    /// Prepares one hook. Runs in the prepare handler; allocates nothing unless the hook panics.
+    #[inline(always)]
+    pub(crate) fn prepare(&self, hook: &Calls) -> Result<(), Unprepared> {
+        if self.hooks.is_left() {
+            return Err(Unprepared::Left);
+        }
+        let Some(f) = &hook.prepare else { return Ok(()) };
+        match catch_unwind(AssertUnwindSafe(|| f.prepare(self))) {
+            Ok(Ok(())) => Ok(()),
+            Ok(Err(refusal)) => Err(Unprepared::Refused(refusal)),
+            Err(payload) => Err(Unprepared::Panicked(payload)),
+        }
+    }
+}
+
+/// Notes why, and whether the fork goes on: a foreign one does with a veto.
+#[cold]
+#[inline(never)]
+pub(crate) fn refuse(
+    hook: &Calls,
+    why: Unprepared,
     coordinated: bool,
     report: &mut Report,
     vetoed: &mut bool,
     end: &mut Hooks,
 ) -> Step {
-    if hooks.is_left() {
-        *end = Hooks::Unregistering;
-        return Step::Stop;
-    }
-    let refusal = match &hook.prepare {
-        Prepare::Nothing => return Step::Prepared,
-        Prepare::Lock(lock) => {
-            if take(hooks, &lock.lock, how) {
-                lock.taken.store(true, Ordering::Relaxed);
-                return Step::Prepared;
-            }
-            report.hook = Some(hook.rest.name);
+    let veto = match why {
+        Unprepared::Left => {
+            *end = Hooks::Unregistering;
+            return Step::Stop;
+        }
+        Unprepared::Refused(Refusal::Conflict) => {
+            report.hook = Some(hook.name);
             *end = Hooks::Conflict;
             return Step::Stop;
         }
-        Prepare::Call(f) => catch_unwind(AssertUnwindSafe(|| {
-            f();
-            Ok(())
-        })),
-        Prepare::Trial(f) => catch_unwind(AssertUnwindSafe(f)),
-    };
-    let veto = match refusal {
-        Ok(Ok(())) => return Step::Prepared,
-        Ok(Err(veto)) => Some(veto.0),
-        Err(payload) => {
+        Unprepared::Refused(Refusal::Veto(veto)) => Some(veto.0),
+        Unprepared::Panicked(payload) => {
             report.panic = message(&*payload);
             // Freeing is not for here; a hook that panics is a bug worth a few bytes.
             #[allow(clippy::mem_forget)]
@@ -322,7 +406,7 @@ pub(crate) fn prepare(
     // Nor is freeing what another hook said before: a foreign fork goes on to the next.
     #[allow(clippy::mem_forget)]
     std::mem::forget(std::mem::replace(&mut report.veto, veto));
-    report.hook = Some(hook.rest.name);
+    report.hook = Some(hook.name);
     *vetoed = true;
     if coordinated {
         *end = Hooks::Vetoed;
@@ -337,14 +421,14 @@ pub(crate) fn prepare(
 /// Its own wait would be fairer, but most locks offer none with an end, and the budget is a promise (G6). A lock that others
 /// take again and again is free for an instant at a time, while its holder runs: so it is tried many times in a row, about a
 /// tenth of the time, not once a pause.
-fn take(hooks: &HookList<Hook>, lock: &dyn Foreign, how: How) -> bool {
+fn take(attempt: &Attempt<'_>, lock: &dyn Foreign) -> bool {
     let mut tries = TRIES.0;
     if take_soon(lock, tries) {
         return true;
     }
-    let How::Wait(until) = how else { return false };
+    let How::Wait(until) = attempt.how else { return false };
     let mut pause = PAUSES.0;
-    while !hooks.is_left() && clock::now() < until {
+    while !attempt.hooks.is_left() && clock::now() < until {
         sys::sleep(pause);
         if take_soon(lock, tries) {
             return true;
@@ -366,16 +450,16 @@ fn take_soon(lock: &dyn Foreign, tries: u32) -> bool {
 }
 
 /// Calls a hook after prepare; a panic is reported on fd 2 and goes no further. False if there was no room for that.
-pub(crate) fn call(hook: &Hook, phase: Phase) -> bool {
+pub(crate) fn call(hook: &Calls, phase: Phase) -> bool {
     let f = match phase {
-        Phase::Undo => hook.undo.as_ref().or(hook.parent.as_ref()),
+        Phase::Undo => hook.rare.as_ref().and_then(|r| r.undo.as_ref()).or(hook.parent.as_ref()),
         Phase::Parent => hook.parent.as_ref(),
         Phase::Child => hook.child.as_ref(),
     };
     if let Some(f) = f
         && let Err(payload) = catch_unwind(AssertUnwindSafe(f))
     {
-        return panicked(hook.rest.name, phase, payload);
+        return panicked(hook.name, phase, payload);
     }
     true
 }
@@ -412,5 +496,5 @@ pub(crate) fn message(payload: &(dyn std::any::Any + Send)) -> Text {
     text
 }
 
-// Two cache lines with the list's own words.
-const _: () = assert!(size_of::<crate::hook_list::Node<Hook>>() == 128);
+// With malloc's own word, two cache lines.
+const _: () = assert!(size_of::<crate::hook_list::Node<Calls>>() <= 120);

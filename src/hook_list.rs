@@ -22,8 +22,9 @@ use std::ptr::null_mut;
 
 use Ordering::{AcqRel, Acquire, Relaxed, Release, SeqCst};
 
-/// Two cache lines: the first has what each step of the way back reads.
-#[repr(C, align(128))]
+/// What each step of the way back reads comes first. Not aligned to cache lines: few allocators put aligned memory close together, and
+/// nodes that lie close are fetched ahead anyway.
+#[repr(C)]
 #[derive(Debug)]
 pub(crate) struct Node<T> {
     pub(crate) key: u64,
@@ -47,6 +48,11 @@ const AHEAD: usize = 16;
 pub(crate) fn key(rank: i32, sequence: u32) -> u64 {
     let rank = u64::from(rank.cast_unsigned() ^ 0x8000_0000);
     rank << 32 | u64::from((u32::MAX - sequence).max(1))
+}
+
+/// The rank in a `key`.
+pub(crate) fn rank(key: u64) -> i32 {
+    ((key >> 32) as u32 ^ 0x8000_0000).cast_signed()
 }
 
 #[derive(Debug)]
@@ -275,11 +281,11 @@ impl<T> HookList<T> {
         let fork = self.fork.load(Relaxed).wrapping_add(1);
         self.fork.store(fork, Relaxed);
         self.link_newcomers();
-        let mut all = true;
-        self.each(|n| {
-            if !all {
-                return;
-            }
+        let mut at = self.head.load(Relaxed);
+        // SAFETY: linked nodes live; only the role's holder, this thread, unlinks.
+        while let Some(n) = unsafe { at.as_ref() } {
+            // It may be unlinked here.
+            at = n.next.load(Relaxed);
             let after = n.below.load(Relaxed);
             sync::prefetch(after);
             // Its second line, with what prepares it.
@@ -293,7 +299,7 @@ impl<T> HookList<T> {
             if n.gone.load(Acquire) != 0 && !fault("hook_unmarked") {
                 self.fell(before);
                 self.unlink(n);
-                return;
+                continue;
             }
             match prepare(&n.value) {
                 Step::Prepared => {
@@ -303,13 +309,13 @@ impl<T> HookList<T> {
                 }
                 Step::Skip => n.skipped.store(fork, Relaxed),
                 Step::Stop => {
-                    all = false;
                     n.skipped.store(fork, Relaxed);
                     self.fell(before);
+                    return false;
                 }
             }
-        });
-        all
+        }
+        true
     }
 
     /// Calls `f` on every hook that was prepared, by falling key.
@@ -344,14 +350,14 @@ impl<T> HookList<T> {
         self.fell(0);
     }
 
-    /// Calls `f` on every hook that has not left, by falling key.
-    pub(crate) fn each_living(&self, mut f: impl FnMut(&T)) {
+    /// Calls `f` on every hook that has not left and its key, by falling key.
+    pub(crate) fn each_living(&self, mut f: impl FnMut(u64, &T)) {
         self.settle();
         let mut at = self.tail.load(Relaxed);
         while !at.is_null() {
             // SAFETY: as in `finish`.
             let n = unsafe { &*at };
-            f(&n.value);
+            f(n.key, &n.value);
             at = n.prev.load(Relaxed);
         }
     }

@@ -83,6 +83,16 @@ fn a_hook_half_unlinked_is_gone_or_not() {
     }
 }
 
+#[test]
+fn a_key_rises_with_the_rank_and_tells_it() {
+    let ranks = [i32::MIN, -2, -1, 0, 1, i32::MAX];
+    for sequence in [0, 1, u32::MAX] {
+        assert_eq!(ranks.map(|r| rank(key(r, sequence))), ranks);
+    }
+    let keys = ranks.map(|r| [key(r, 2), key(r, 1)]).concat();
+    assert!(keys.is_sorted_by(|a, b| a < b) && keys[0] > 0);
+}
+
 /// Of those who are pending the first may be linked already.
 #[test]
 fn newcomers_are_linked_once() {

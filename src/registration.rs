@@ -1,7 +1,7 @@
 //! Hooks come and go (H1), and what a child's clean-up and a report want of them.
 
 use crate::durations::Durations;
-use crate::hook::{Hook, message, say_panic};
+use crate::hook::{Calls, Hook, TIMED, message, say_panic};
 use crate::hook_list::{self, Node};
 use crate::runtime::{self, gate, hooks};
 use crate::sys;
@@ -19,7 +19,7 @@ use std::sync::atomic::{AtomicU32, Ordering};
 /// `mem::forget` it to keep the hook for the life of the process.
 #[must_use = "dropping a registration takes the hook out again"]
 pub struct Registration {
-    node: *const Node<Hook>,
+    node: *const Node<Calls>,
     name: &'static str,
 }
 
@@ -41,10 +41,11 @@ impl fmt::Debug for Registration {
 /// Waits for nobody, also when called inside a hook or while another thread forks.
 pub fn register(hook: Hook) -> Registration {
     static SEQUENCE: AtomicU32 = AtomicU32::new(1);
-    let name = hook.rest.name;
-    let key = hook_list::key(hook.rest.rank, SEQUENCE.fetch_add(1, Ordering::Relaxed));
+    let (rank, calls) = hook.into_calls(hooks().len() < TIMED);
+    let name = calls.name;
+    let key = hook_list::key(rank, SEQUENCE.fetch_add(1, Ordering::Relaxed));
     runtime::generation();
-    let registration = Registration { node: hooks().join(key, hook), name };
+    let registration = Registration { node: hooks().join(key, calls), name };
     tidy();
     registration
 }
@@ -89,7 +90,7 @@ pub(crate) fn clean_up() -> (usize, usize) {
     while !gate().try_role(me) {
         sys::yield_now();
     }
-    hooks().each_living(|h| found.extend(h.rest.cleanup.as_ref().map(|f| (h.rest.name, Arc::clone(f)))));
+    hooks().each_living(|_, h| found.extend(h.cleanup().map(|f| (h.name, Arc::clone(f)))));
     gate().release_role();
     sys::set_mask(&mask);
     let mut panicked = 0;
@@ -120,7 +121,7 @@ pub(crate) fn list() -> Option<Vec<(&'static str, i32, Durations)>> {
         let mask = sys::block_all();
         let ours = gate().try_role(me);
         if ours {
-            hooks().each_living(|h| found.push((h.rest.name, h.rest.rank, h.waited(generation))));
+            hooks().each_living(|key, h| found.push((h.name, hook_list::rank(key), h.waited(generation))));
             gate().release_role();
         }
         sys::set_mask(&mask);

@@ -76,7 +76,7 @@ pub struct HookEntry {
     /// Its name.
     pub name: &'static str,
     /// What its prepare took, those times that it took ten microseconds or more: waiting for its lock. Not timed in a process with
-    /// more than 64 hooks.
+    /// more than 64 hooks, nor if it was registered behind 64 others.
     pub waited: Durations,
 }
 

@@ -7,7 +7,7 @@ mod common;
 mod drive;
 
 use carefork::testing::advance;
-use carefork::{ForkOptions, Hook, register, report, stats};
+use carefork::{ForkOptions, Hook, Registration, register, report, stats};
 use common::{Verdict, check, isolated, reap};
 use drive::{BOTH, MS, SOON, freeze, gettid, inside, run_clock, until_it_looked, until_shut};
 use std::sync::Arc;
@@ -36,6 +36,39 @@ fn every_fork_is_timed_once_and_children_start_from_nothing() {
         assert_eq!((s.turns.count, s.regions.count, s.hooks.count, s.copying.count), (2, 2, 2, 2));
         assert_eq!((s.hooks.total, s.hooks.longest, s.hooks.median), (6 * MS, 3 * MS, 3 * MS));
         assert_eq!((s.turns.longest, s.regions.longest, s.copying.longest), Default::default());
+    });
+}
+
+/// Up to 64 hooks are timed, and only those that were among the first 64 when they came.
+#[test]
+fn hooks_are_timed_while_they_are_few() {
+    fn count(name: &str) -> u64 {
+        let hooks = report().hooks.unwrap();
+        hooks.iter().find(|h| h.name == name).unwrap().waited.count
+    }
+    fn slow(name: &'static str) -> Registration {
+        register(Hook::new(name).prepare(|| advance(3 * MS)))
+    }
+    fn fork() {
+        ends_well(BOTH[0].fork(|| 0));
+    }
+    isolated("hooks_are_timed_while_they_are_few", 30, || {
+        freeze();
+        let mut idle: Vec<_> = (0..62).map(|_| register(Hook::new("idle"))).collect();
+        let _early = slow("early");
+        let _last = slow("last");
+        fork();
+        assert_eq!((count("early"), count("last")), (1, 1));
+        let late = slow("late");
+        fork();
+        assert_eq!((count("early"), count("last"), count("late")), (1, 1, 0));
+        drop(idle.pop());
+        fork();
+        assert_eq!((count("early"), count("last"), count("late")), (2, 2, 0));
+        drop(late);
+        let _late = slow("late");
+        fork();
+        assert_eq!((count("early"), count("last"), count("late")), (3, 3, 1));
     });
 }
 

@@ -86,8 +86,12 @@ impl Steps for Handlers<'_> {
         let mut end = Hooks::Ready;
         let timed = STATE.hooks.len() <= hook::TIMED;
         let mut now = clock::now();
+        let attempt = hook::Attempt { hooks: &STATE.hooks, how };
         let all = STATE.hooks.prepare(|h| {
-            let step = hook::prepare(&STATE.hooks, h, how, self.coordinated, self.report, &mut self.vetoed, &mut end);
+            let step = match attempt.prepare(h) {
+                Ok(()) => Step::Prepared,
+                Err(why) => hook::refuse(h, why, self.coordinated, self.report, &mut self.vetoed, &mut end),
+            };
             if timed {
                 let begun = std::mem::replace(&mut now, clock::now());
                 h.took(now.saturating_sub(begun), generation_here());
@@ -125,7 +129,7 @@ impl Steps for Handlers<'_> {
 /// In a child whose fork has not prepared the hooks.
 pub(super) fn abandon_hooks() {
     STATE.hooks.reset();
-    STATE.hooks.each_linked(Hook::abandon);
+    STATE.hooks.each_linked(Calls::abandon);
 }
 
 #[unsafe(link_section = ".text_carefork")]

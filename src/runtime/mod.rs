@@ -10,8 +10,8 @@ use crate::care_table;
 use crate::durations::Clocked;
 use crate::error::{ForkError, Report};
 use crate::gate::{Busy, FIRST_BOUND, Gate, Slot, VACANT};
-use crate::hook::{self, Hook, Phase};
-use crate::hook_list::HookList;
+use crate::hook::{self, Calls, Phase};
+use crate::hook_list::{HookList, Step};
 use crate::passage::{Passage, Stage};
 use crate::prepare::{self, Hooks, How, Outcome, Plan, Steps, Wait};
 use crate::print_wait::{self, WaitWord};
@@ -40,7 +40,7 @@ pub(crate) use program::*;
 /// at a microsecond or more each. The gate's first seats come last and share the first page.
 #[repr(C, align(4096))]
 struct State {
-    hooks: HookList<Hook>,
+    hooks: HookList<Calls>,
     /// Points to the word that the kernel zeroes in a child (G10): 1 where this process is the one it was set in. Until
     /// the start it points to a 0 of ours, so that one comparison finds both.
     alive: AtomicPtr<AtomicU32>,
@@ -145,7 +145,7 @@ pub(crate) fn gate() -> &'static Gate<SlotTable> {
 }
 
 #[inline(always)]
-pub(crate) fn hooks() -> &'static HookList<Hook> {
+pub(crate) fn hooks() -> &'static HookList<Calls> {
     &STATE.hooks
 }
 
