@@ -345,13 +345,19 @@ pub(crate) fn get_fd_flags(fd: RawFd) -> io::Result<i32> {
 /// Closes `first..=last`, whatever is open among them.
 ///
 /// Two ways: close_range where the kernel has it and no filter refuses it, else one close at a time.
+#[unsafe(link_section = ".text_carefork")]
 pub(crate) fn close_range(first: u32, last: u32) {
     // SAFETY: the caller owns the numbers: it is the child's clean-up, and no other code of the child relies on them.
-    if unsafe { raw(libc::SYS_close_range, [first as usize, last as usize, 0, 0, 0, 0]) } == 0 {
-        return;
+    if unsafe { raw(libc::SYS_close_range, [first as usize, last as usize, 0, 0, 0, 0]) } != 0 {
+        close_each(first, last);
     }
+}
+
+#[cold]
+#[inline(never)]
+fn close_each(first: u32, last: u32) {
     for fd in first..=last.min(keep_errno(highest_fd)) {
-        // SAFETY: as above. EBADF is harmless, EINTR closes on Linux.
+        // SAFETY: as in `close_range`. EBADF is harmless, EINTR closes on Linux.
         unsafe { raw(libc::SYS_close, [fd as usize, 0, 0, 0, 0, 0]) };
     }
 }
