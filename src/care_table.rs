@@ -205,6 +205,8 @@ impl CareTable {
     ///
     /// What this child registered itself it keeps. A number between two that is not registered splits the run: it may be somebody's. Async-signal-safe if `keep` and
     /// `close` are.
+    // Into its callers, some of which lie with the code that every child runs.
+    #[inline(always)]
     pub(crate) fn close_runs(
         &self,
         kinds: &[Kind],
@@ -245,6 +247,7 @@ impl CareTable {
     }
 
     /// Each word of `kinds` up to the highest ever, a cache line at a time, skipping chunks that were never needed.
+    #[inline(always)]
     fn scan(&self, kinds: &[Kind], mut f: impl FnMut(u32, &AtomicU32)) {
         let mask = kinds.iter().fold(0, |m, &k| m | k as u32);
         let above = kinds.iter().map(|&k| self.above[k as usize - 1].load(Relaxed)).max().unwrap_or(0);
@@ -313,6 +316,7 @@ pub(crate) fn no_dirty_forks() {
 
 /// A noexec child's clean-up: closes every care-fd that the sorted `keep` does not name, also the ones to be closed at the
 /// fork (a bypass passes by `close_at_fork`). How many were closed and kept. Async-signal-safe.
+#[unsafe(link_section = ".text_carefork")]
 pub(crate) fn clean_up(keep: &[RawFd]) -> (usize, usize) {
     TABLE.close_runs(&[Kind::Cleanup, Kind::Close], in_sorted(keep), sys::close_range)
 }
