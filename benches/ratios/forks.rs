@@ -354,8 +354,8 @@ pub(crate) fn rows(wanted: &dyn Fn(&str) -> bool) {
         if wanted(&what) {
             let (mut a, mut b) = (Server::start(false, &care), Server::start(true, &bare));
             let (ours, rival, _) = turns(11, || a.ask("cleanup faults"), || b.ask("range faults"));
-            // Of 1024 words each.
-            let pages = (1000 + n - 1) / 1024 - 1000 / 1024 + 1;
+            // Of 1024 words each, from the one with 1000 on, which is the first.
+            let pages = (1000 + n - 1) / 1024 + 1;
             println!("| {what} | {ours} | {rival} (close_range) | | the registry's own pages: {pages} | |");
         }
     }
