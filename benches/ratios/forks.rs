@@ -38,6 +38,29 @@ impl Server {
         self.from.read_line(&mut line).unwrap();
         line.trim().parse().unwrap_or_else(|_| panic!("{what}: {line:?}"))
     }
+
+    /// The time of each of `n` forks, µs.
+    pub(crate) fn each(&mut self, n: usize, what: &str) -> Vec<f64> {
+        writeln!(self.to, "each {n} {what}").unwrap();
+        let mut line = String::new();
+        self.from.read_line(&mut line).unwrap();
+        let all: Vec<f64> = line.split_whitespace().map(|x| x.parse::<f64>().unwrap() / 1000.0).collect();
+        assert_eq!(all.len(), n, "{what}");
+        all
+    }
+
+    /// Its threads stand still until `go_on`.
+    pub(crate) fn stop(&self) {
+        let pid = self.child.id() as i32;
+        let mut status = 0;
+        unsafe { libc::kill(pid, libc::SIGSTOP) };
+        assert_eq!(unsafe { libc::waitpid(pid, &mut status, libc::WUNTRACED) }, pid);
+        assert!(libc::WIFSTOPPED(status), "{status:#x}");
+    }
+
+    pub(crate) fn go_on(&self) {
+        unsafe { libc::kill(self.child.id() as i32, libc::SIGCONT) };
+    }
 }
 
 impl Drop for Server {
@@ -135,13 +158,6 @@ fn time(f: impl Fn()) -> f64 {
     median(times(FORKS, f))
 }
 
-/// The time that 99 of 100 forks with `f` keep to, ns.
-fn p99(f: impl Fn()) -> f64 {
-    let mut all = times(5 * FORKS, f);
-    all.sort_by(f64::total_cmp);
-    all[all.len() * 99 / 100]
-}
-
 /// Runs `f` in a child and hands back the number it makes.
 fn in_child(f: impl FnOnce() -> f64) -> f64 {
     let (read, write) = std::io::pipe().unwrap();
@@ -222,14 +238,19 @@ pub(crate) fn serve() {
     let (inherit_by_pid, reset_by_pid) = (inherit.clone().pidfd(false), reset.clone().pidfd(false));
     let n = (fds.0.len() + fds.1.len()) as u32;
     for line in std::io::stdin().lines() {
-        let x = match line.unwrap().as_str() {
+        let line = line.unwrap();
+        if let Some((n, how)) = line.strip_prefix("each ").and_then(|asked| asked.split_once(' ')) {
+            let n = n.parse().unwrap();
+            let all = if how == "bare" { times(n, bare) } else { times(n, || careful(&inherit)) };
+            println!("{}", all.iter().map(f64::to_string).collect::<Vec<_>>().join(" "));
+            continue;
+        }
+        let x = match line.as_str() {
             "bare" => time(bare),
             "inherit" => time(|| careful(&inherit)),
             "reset" => time(|| careful(&reset)),
             "inherit by pid" => time(|| careful(&inherit_by_pid)),
             "reset by pid" => time(|| careful(&reset_by_pid)),
-            "bare p99" => p99(bare),
-            "inherit p99" => p99(|| careful(&inherit)),
             "qemu" => time(qemu),
             "children by reaper" => children::started_and_reaped(84),
             "children by epoll" => children::forked_and_polled(84),

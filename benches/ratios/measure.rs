@@ -9,9 +9,13 @@ pub(crate) fn cpu() -> u64 {
     t.tv_sec as u64 * 1_000_000_000 + t.tv_nsec as u64
 }
 
-pub(crate) fn median(mut v: Vec<f64>) -> f64 {
+pub(crate) fn median(v: Vec<f64>) -> f64 {
+    quantile(v, 0.5)
+}
+
+pub(crate) fn quantile(mut v: Vec<f64>, q: f64) -> f64 {
     v.sort_by(f64::total_cmp);
-    v[v.len() / 2]
+    v[(v.len() as f64 * q) as usize]
 }
 
 /// `a` and `b` in turn, `rounds` times; the median of each, and of the ratios of the pairs.
@@ -56,6 +60,20 @@ impl Turns {
 pub(crate) fn row(what: &str, (ours, rival, ratio): (f64, f64, f64), unit: &str, limit: f64) {
     let verdict = if ratio <= limit { "reached" } else { "**missed**" };
     println!("| {what} | {ours:.1} {unit} | {rival:.1} {unit} | {ratio:.3} | ≤ {limit} | {verdict} |");
+}
+
+/// A row of the quantile `q` of everything that several pairs measured, with the least and the largest ratio of one pair.
+pub(crate) fn row_of_pairs(what: &str, pairs: &[(Vec<f64>, Vec<f64>)], q: f64, unit: &str, limit: f64) {
+    let of = |all: Vec<f64>| quantile(all, q);
+    let ours = of(pairs.iter().flat_map(|(a, _)| a.iter().copied()).collect());
+    let rival = of(pairs.iter().flat_map(|(_, b)| b.iter().copied()).collect());
+    let ratios = || pairs.iter().map(|(a, b)| of(a.clone()) / of(b.clone()));
+    let (least, most) = (ratios().fold(f64::MAX, f64::min), ratios().fold(0.0, f64::max));
+    let ratio = ours / rival;
+    let verdict = if ratio <= limit { "reached" } else { "**missed**" };
+    println!(
+        "| {what} | {ours:.1} {unit} | {rival:.1} {unit} | {ratio:.3} ({least:.2} to {most:.2}) | ≤ {limit} | {verdict} |"
+    );
 }
 
 /// CPU ns for each of `n` calls of `f` on each of `threads` threads, summed over the threads and divided by the calls.
