@@ -90,8 +90,8 @@ pub(crate) fn set_up(setup: &str) {
     }
 }
 
-const PAIRS: usize = 6;
-const TURNS: usize = 20;
+const PAIRS: usize = 20;
+const TURNS: usize = 6;
 const FORKS: usize = 25;
 
 /// The times of all forks of one process and of its rival, each while its own threads log and the other's stand still.
