@@ -1,0 +1,157 @@
+//! Full queues and full pipes hold up no fork, and what was lost is told.
+
+use crate::common::isolated;
+use crate::drive::{self, BOTH};
+use crate::logs::{Scratch, assert_each_once, by_pid, noexec, numbers, standard_error_to, storm};
+use crate::{drained, ends_well, full_pipe, limit_files, log_by, lost, numbered};
+use carefork::log::{Builder, Logger, Output, WhenFull};
+use std::thread;
+
+/// More than a queue and the thread's hands hold.
+const RECORDS: u64 = 300;
+
+/// The thread stuck in a write, the queue full, and some records waiting outside: forks go on, and every record is the parent's.
+fn stuck(when_full: WhenFull, capacity: usize) -> (String, String) {
+    let error = Scratch::new("error");
+    let _redirected = standard_error_to(&error);
+    let (from, to) = full_pipe();
+    let output = Output::fd(to).expect("a pipe");
+    let logger = Builder::new().output(output).background(capacity).when_full(when_full).build();
+    let log = |logger: &Logger, n: u64| {
+        let arguments = format_args!("record 0 {n}");
+        ::log::Log::log(
+            logger,
+            &::log::Record::builder().level(::log::Level::Info).target("storm").args(arguments).build(),
+        );
+    };
+    // Until this thread would have to wait, some of them taken by the thread and in its hands.
+    let logging = thread::spawn({
+        let logger = logger.clone();
+        move || (0..RECORDS).for_each(|n| log(&logger, n))
+    });
+    if when_full == WhenFull::Block {
+        drive::a_while();
+        assert!(!logging.is_finished(), "there was room for all");
+    } else {
+        drive::until(|| logging.is_finished());
+    }
+    for i in 0..40 {
+        ends_well(noexec(BOTH[i % 2], || {
+            // The parent's queue is not this process's to wait for, before its first record and after.
+            logger.flush();
+            log(&logger, 1000);
+            logger.flush();
+            0
+        }));
+    }
+    let reader = drained(from);
+    logging.join().expect("no panic");
+    logger.flush();
+    drop(logger);
+    (reader.join().expect("no panic"), error.text())
+}
+
+fn assert_children_on(error: &str) {
+    let found = by_pid(error);
+    assert_eq!((found.len(), error.lines().count()), (40, 40), "{error}");
+}
+
+#[test]
+fn a_full_queue_that_blocks_loses_nothing_at_a_fork() {
+    isolated("full::a_full_queue_that_blocks_loses_nothing_at_a_fork", 60, || {
+        // The second queue holds more than goes into a pipe at once.
+        for capacity in [8, 90] {
+            let (text, error) = stuck(WhenFull::Block, capacity);
+            assert_eq!(numbered(&text), (0..RECORDS).collect::<Vec<_>>());
+            assert_children_on(&error);
+        }
+    });
+}
+
+#[test]
+fn a_full_queue_that_drops_says_how_many() {
+    isolated("full::a_full_queue_that_drops_says_how_many", 60, || {
+        let (text, error) = stuck(WhenFull::Drop, 8);
+        let written = numbered(&text);
+        assert!(written.is_sorted() && written.len() >= 8 && (written.len() as u64) < RECORDS, "{written:?}");
+        assert_eq!(written.len() as u64 + lost(&text), RECORDS);
+        assert_children_on(&error);
+    });
+}
+
+#[test]
+fn a_queue_grows_to_its_bound() {
+    isolated("full::a_queue_grows_to_its_bound", 60, || {
+        let (text, error) = stuck(WhenFull::GrowTo(50), 8);
+        let written = numbered(&text);
+        // What the thread has in its hands is in the queue no more.
+        assert!(written.starts_with(&(0..50).collect::<Vec<_>>()) && (written.len() as u64) < RECORDS, "{written:?}");
+        assert_eq!(written.len() as u64 + lost(&text), RECORDS);
+        assert_children_on(&error);
+    });
+}
+
+/// Without a thread behind it, too: whoever logs waits in the kernel, in no region.
+#[test]
+fn a_thread_stuck_in_a_full_pipe_holds_up_no_fork() {
+    isolated("full::a_thread_stuck_in_a_full_pipe_holds_up_no_fork", 60, || {
+        let (from, to) = full_pipe();
+        let logger = Builder::new().output(Output::fd(to).expect("a pipe")).init().expect("the first logger");
+        let stuck = thread::spawn(|| ::log::info!(target: "storm", "record 0 0"));
+        drive::a_while();
+        assert!(!stuck.is_finished());
+        drive::freeze();
+        for kind in BOTH {
+            ends_well(kind.fork(|| 0));
+        }
+        let reader = drained(from);
+        stuck.join().expect("no panic");
+        logger.set_output(Output::stderr());
+        assert_eq!(numbered(&reader.join().expect("no panic")), [0]);
+    });
+}
+
+/// Threads in regions wait for room in a queue whose thread needs a region for each record; forks come in between all the same.
+#[test]
+fn threads_may_log_inside_regions_through_a_full_queue() {
+    isolated("full::threads_may_log_inside_regions_through_a_full_queue", 300, || {
+        let (file, error) = (Scratch::new("regions"), Scratch::new("error"));
+        let _redirected = standard_error_to(&error);
+        let output = Output::writer(file.append());
+        let logger = Builder::new().output(output).background(1).init().expect("the first logger");
+        // A fork that keeps the writer from its region steps back at its bound only; slower than the real one, for slow machines.
+        let _clock = drive::run_slowly();
+        let record = |thread: usize, number: u64| {
+            let _region = carefork::no_forking();
+            ::log::info!(target: "storm", "record {thread} {number}");
+        };
+        let made = storm(60, record, |i| {
+            ::log::info!(target: "storm", "child 0 {i}");
+            0
+        });
+        logger.flush();
+        assert_each_once(&file.text(), &made, |line| Some(numbers(line, "record").expect("a record")));
+        assert_eq!(by_pid(&error.text()).values().map(Vec::len).sum::<usize>(), 60);
+    });
+}
+
+/// What nobody has room for is told at the end, if not before.
+#[test]
+fn flush_tells_what_was_lost() {
+    isolated("full::flush_tells_what_was_lost", 60, || {
+        // SAFETY: as in the test of the full disk.
+        unsafe { libc::signal(libc::SIGXFSZ, libc::SIG_IGN) };
+        for background in [None, Some(16)] {
+            let file = Scratch::new("told");
+            let builder = background.map_or(Builder::new(), |n| Builder::new().background(n));
+            let logger = builder.output(Output::file(&file.0).expect("a file")).build();
+            limit_files(0);
+            log_by(&logger, "record 0 0");
+            logger.flush();
+            limit_files(libc::RLIM_INFINITY);
+            logger.flush();
+            logger.flush();
+            assert_eq!((lost(&file.text()), file.text().lines().count()), (1, 1), "{}", file.text());
+        }
+    });
+}

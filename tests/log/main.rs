@@ -1,0 +1,97 @@
+//! The log across forks: each record once, where its process writes, whole (B1, B3).
+
+// Forks, and signals sent to children.
+#![allow(unsafe_code, clippy::disallowed_methods, clippy::mem_forget, clippy::expect_used)]
+
+#[path = "../common/mod.rs"]
+mod common;
+#[path = "../drive/mod.rs"]
+mod drive;
+#[path = "../logs/mod.rs"]
+mod logs;
+
+mod amid_forks;
+mod child;
+mod ends;
+mod full;
+mod once;
+mod output;
+
+use carefork::log::Logger;
+use common::{Verdict, reap};
+use drive::{BOTH, SOON};
+use logs::{noexec, numbers};
+use std::io::{self, Read, Write};
+use std::os::fd::AsRawFd;
+use std::thread;
+
+#[track_caller]
+fn ends_well(pid: i32) {
+    assert_eq!(reap(pid, SOON), Verdict::Exited(0));
+}
+
+/// A fork of each kind, one after the other; the children clean up.
+#[track_caller]
+fn in_both(f: impl Fn() -> i32) {
+    for kind in BOTH {
+        ends_well(noexec(kind, &f));
+    }
+}
+
+/// A line of ours: time, level, thread, target, all of them well-formed.
+#[track_caller]
+fn assert_whole(line: &str) {
+    let mut parts = line.splitn(3, ' ');
+    let stamp = parts.next().expect("split finds one");
+    let parsed: Result<jiff::Timestamp, _> = stamp.parse();
+    assert!(parsed.is_ok() && stamp.len() == "2026-11-21T07:03:12.345678+01:00".len(), "{line:?}");
+    assert_eq!(parts.next(), Some("INFO"), "{line:?}");
+    let rest = parts.next().expect("more than that").trim_start();
+    assert!(rest.starts_with('['), "{line:?}");
+    assert!(rest.contains("] storm: "), "{line:?}");
+}
+
+fn log_by(logger: &Logger, message: &str) {
+    let builder = &mut ::log::Record::builder();
+    let arguments = format_args!("{message}");
+    ::log::Log::log(logger, &builder.level(::log::Level::Info).target("storm").args(arguments).build());
+}
+
+/// Fills a pipe to the brim, so that the next write sleeps.
+fn full_pipe() -> (io::PipeReader, io::PipeWriter) {
+    let (from, mut to) = io::pipe().expect("a pipe");
+    let blocking = |fd: i32, on: bool| {
+        // SAFETY: flags of a pipe of ours.
+        unsafe { libc::fcntl(fd, libc::F_SETFL, if on { 0 } else { libc::O_NONBLOCK }) };
+    };
+    blocking(to.as_raw_fd(), false);
+    while to.write(&[b'-'; 4096]).is_ok() {}
+    blocking(to.as_raw_fd(), true);
+    (from, to)
+}
+
+/// Reads what is there after the filling, until the last writer is gone.
+fn drained(mut from: io::PipeReader) -> thread::JoinHandle<String> {
+    thread::spawn(move || {
+        let mut text = String::new();
+        from.read_to_string(&mut text).expect("text");
+        text.trim_start_matches('-').to_owned()
+    })
+}
+
+fn numbered(text: &str) -> Vec<u64> {
+    let lines = text.lines().filter(|line| !line.contains(" lost: "));
+    lines.map(|line| numbers(line, "record").expect("a record").1).collect()
+}
+
+/// How many records the lines of the log's own say were lost.
+fn lost(text: &str) -> u64 {
+    let told = text.lines().filter_map(|line| line.split_once("carefork::log: ")?.1.split_once(" record"));
+    told.map(|(n, _)| n.parse::<u64>().expect("a number")).sum()
+}
+
+fn limit_files(bytes: u64) {
+    let limit = libc::rlimit { rlim_cur: bytes, rlim_max: libc::RLIM_INFINITY };
+    // SAFETY: `limit` is live.
+    assert_eq!(unsafe { libc::setrlimit(libc::RLIMIT_FSIZE, &raw const limit) }, 0);
+}

@@ -1,0 +1,175 @@
+//! Outputs that are slow, full, buffered, turned away from, or misbehave.
+
+use crate::common::{self, isolated};
+use crate::logs::{Scratch, standard_error_to};
+use crate::{drained, in_both, limit_files, log_by, lost, numbered};
+use carefork::log::{self, Builder, Output};
+use std::io::{self, Write};
+use std::sync::{Arc, Mutex};
+
+#[test]
+fn a_long_line_goes_to_a_pipe_in_pieces_and_to_a_file_in_one() {
+    let message = |n: usize| "0123456789".chars().cycle().take(n).collect::<String>();
+    for background in [None, Some(4)] {
+        let builder = || background.map_or(Builder::new(), |n| Builder::new().background(n));
+        let file = Scratch::new("long");
+        let logger = builder().output(Output::file(&file.0).expect("a file")).build();
+        log_by(&logger, &message(100_000));
+        drop(logger);
+        assert!(file.text().ends_with(&(message(100_000) + "\n")) && file.text().lines().count() == 1);
+
+        let (from, to) = io::pipe().expect("a pipe");
+        let logger = builder().output(Output::fd(to).expect("a pipe")).build();
+        let reader = drained(from);
+        log_by(&logger, &message(10_000));
+        drop(logger);
+        let text = reader.join().expect("no panic");
+        let mut joined = String::new();
+        for line in text.lines() {
+            assert!(line.len() < libc::PIPE_BUF);
+            let part = line.split_once("storm: ").expect("each has the head").1;
+            joined += part.strip_suffix('\\').unwrap_or(part);
+        }
+        assert_eq!((joined, text.lines().count()), (message(10_000), 3));
+    }
+}
+
+/// The disk takes a part of a line, then nothing, then everything again: the torn line is a line by itself, and what was lost is told.
+#[test]
+fn a_full_disk_tears_no_other_line_and_what_is_lost_is_told() {
+    isolated("output::a_full_disk_tears_no_other_line_and_what_is_lost_is_told", 60, || {
+        // SAFETY: ignoring a signal runs no code; writes past the limit give EFBIG then, as a full disk gives ENOSPC.
+        unsafe { libc::signal(libc::SIGXFSZ, libc::SIG_IGN) };
+        for background in [None, Some(16)] {
+            let file = Scratch::new("full");
+            let builder = background.map_or(Builder::new(), |n| Builder::new().background(n));
+            let logger = builder.output(Output::file(&file.0).expect("a file")).build();
+            let log = |n: u64| {
+                log_by(&logger, &format!("record 0 {n}"));
+                logger.flush();
+            };
+            log(0);
+            limit_files(file.text().len() as u64 * 2 - 6);
+            (1..4).for_each(log);
+            limit_files(libc::RLIM_INFINITY);
+            log(4);
+            log(5);
+            let text = file.text();
+            let (torn, whole): (Vec<_>, Vec<_>) = text.lines().partition(|line| line.ends_with("recor"));
+            assert_eq!(torn.len(), 1, "{text}");
+            assert_eq!(lost(&text), 3, "{text}");
+            assert_eq!(numbered(&whole.join("\n")), [0, 4, 5], "{text}");
+        }
+    });
+}
+
+/// A writer that logs and flushes, one that panics, one that fails: no deadlock, and the thread goes on.
+#[test]
+fn writers_that_misbehave() {
+    struct Odd(Arc<Mutex<Vec<u8>>>, bool);
+    impl Write for Odd {
+        fn write(&mut self, bytes: &[u8]) -> io::Result<usize> {
+            let text = String::from_utf8_lossy(bytes);
+            if text.contains("record 0 0") {
+                ::log::info!(target: "storm", "from inside");
+                ::log::logger().flush();
+            }
+            if text.contains("record 0 1") {
+                return Err(io::ErrorKind::BrokenPipe.into());
+            }
+            let first_telling = text.contains(" lost: ") && !std::mem::replace(&mut self.1, true);
+            if text.contains("record 0 2") || first_telling {
+                std::panic::resume_unwind(Box::new(()));
+            }
+            self.0.lock().expect("not poisoned").extend_from_slice(bytes);
+            Ok(bytes.len())
+        }
+
+        fn flush(&mut self) -> io::Result<()> {
+            ::log::logger().flush();
+            Ok(())
+        }
+    }
+    isolated("output::writers_that_misbehave", 60, || {
+        let error = Scratch::new("error");
+        let _redirected = standard_error_to(&error);
+        let text = Arc::new(Mutex::new(Vec::new()));
+        let output = Output::writer(Odd(Arc::clone(&text), false));
+        let logger = Builder::new().output(output).background(8).init().expect("the first logger");
+        for n in 0..5 {
+            ::log::info!(target: "storm", "record 0 {n}");
+            logger.flush();
+        }
+        let text = String::from_utf8(text.lock().expect("not poisoned").clone()).expect("text");
+        assert_eq!(numbered(&text), [0, 3, 4], "{text}");
+        assert_eq!(lost(&text), 2, "{text}");
+        assert!(error.text().ends_with("from inside\n"));
+    });
+}
+
+/// A buffer in front of the output is the parent's: no child writes it, flushes it or drops it.
+#[test]
+fn what_a_writer_has_buffered_is_the_parents() {
+    isolated("output::what_a_writer_has_buffered_is_the_parents", 60, || {
+        let (file, own) = (Scratch::new("buffered"), Scratch::new("own"));
+        for background in [None, Some(8)] {
+            let output = Output::writer(io::BufWriter::new(file.append()));
+            let builder = background.map_or(Builder::new(), |n| Builder::new().background(n));
+            let logger = builder.output(output).build();
+            log_by(&logger, "record 0 0");
+            in_both(|| {
+                logger.set_output(Output::file(&own.0).expect("a file"));
+                log_by(&logger, "record 0 1");
+                logger.flush();
+                0
+            });
+            log_by(&logger, "record 0 2");
+            logger.flush();
+        }
+        assert_eq!(numbered(&file.text()), [0, 2, 0, 2]);
+        assert_eq!(numbered(&own.text()), [1; 4]);
+    });
+}
+
+/// A file that the log was turned away from is closed, though threads that wrote to it do nothing more.
+#[test]
+fn an_old_output_is_closed_while_its_threads_idle() {
+    let (a, b) = (Scratch::new("a"), Scratch::new("b"));
+    for builder in [Builder::new(), Builder::new().background(100)] {
+        let logger = builder.output(Output::file(&a.0).expect("a file")).build();
+        log_by(&logger, "record 0 0");
+        let open = || {
+            let fds = common::fds_of(common::raw::getpid()).expect("/proc");
+            fds.iter().filter(|(_, target)| *target == a.0).count()
+        };
+        assert_eq!(open(), 1);
+        logger.set_output(Output::file(&b.0).expect("a file"));
+        log_by(&logger, "record 0 1");
+        logger.flush();
+        assert_eq!(open(), 0);
+    }
+    assert_eq!(std::fs::read_to_string(&b.0).expect("written").lines().count(), 2);
+}
+
+/// What was logged before the turn is in the old file, what was logged after it in the new one.
+#[test]
+fn the_output_turns_between_two_lines() {
+    for round in 0..40 {
+        let (a, b) = (Scratch::new("a"), Scratch::new("b"));
+        let builder = if round % 4 == 0 { Builder::new() } else { Builder::new().background(64) };
+        let logger = builder.output(Output::file(&a.0).expect("a file")).build();
+        (0..50).for_each(|n| log_by(&logger, &format!("record 0 {n}")));
+        logger.set_output(Output::file(&b.0).expect("a file"));
+        (50..60).for_each(|n| log_by(&logger, &format!("record 0 {n}")));
+        drop(logger);
+        assert_eq!((numbered(&a.text()), numbered(&b.text())), ((0..50).collect(), (50..60).collect()));
+    }
+}
+
+#[test]
+fn mistakes_are_said() {
+    let error = Builder::new().filters("net=loud").expect_err("no level");
+    assert!(error.to_string().contains("loud"), "{error}");
+    assert!(log::set_output(Output::stderr()).is_err());
+    assert!(Output::file("/nonexistent/log").is_err());
+}
