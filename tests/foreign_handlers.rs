@@ -1,5 +1,5 @@
 //! At-fork handlers of other libraries, registered before carefork's and after: order, locks that threads in regions take
-//! too, both kinds of fork at once, commitments that are lost (G2, G3, G5, G8, G11).
+//! too, both kinds of fork at once (G2, G3, G5, G8).
 
 #![allow(unsafe_code, clippy::disallowed_methods)]
 
@@ -8,17 +8,15 @@ mod drive;
 mod handlers;
 
 use carefork::{
-    CareFd, ForkError, ForkOptions, Hook, fork_generation, lineage, no_forking, postfork_child_noexec, register,
-    set_foreign_budget, stats, try_no_forking,
+    ForkError, ForkOptions, Hook, fork_generation, lineage, no_forking, register, set_foreign_budget, stats,
+    try_no_forking,
 };
 use common::{Rng, Verdict, check, isolated, raw, reap, seccomp_refuse};
 use drive::{
     BOTH, Kind, MS, SOON, Stop, coordinated, foreign, fork_with, freeze, no_child_left, run_clock, until, until_shut,
 };
 use handlers::{EARLY_LOCK, LATE_LOCK, both_with_locks, early, late, nothing};
-use std::fs::File;
-use std::os::fd::AsRawFd;
-use std::sync::atomic::{AtomicBool, AtomicI32, AtomicU32, AtomicUsize, Ordering::SeqCst};
+use std::sync::atomic::{AtomicBool, AtomicU32, AtomicUsize, Ordering::SeqCst};
 use std::thread;
 use std::time::Duration;
 
@@ -228,119 +226,6 @@ fn a_hook_may_unregister_itself() {
     });
 }
 
-// -- commitments that are lost
-
-static AT_GATE: AtomicI32 = AtomicI32::new(0);
-static THROUGH: AtomicBool = AtomicBool::new(false);
-static WAITED: AtomicU32 = AtomicU32::new(0);
-
-/// After the commitment: lets a thread come to the gate and waits until it is through. Once.
-fn waits_for_a_thread_at_the_gate() {
-    if WAITED.fetch_add(1, SeqCst) == 0 {
-        AT_GATE.store(1, SeqCst);
-        until(|| THROUGH.load(SeqCst));
-    }
-}
-
-fn fork_while_one_comes_to_the_gate(kind: Kind, child: impl FnOnce() -> i32) {
-    fork_while_one_does(kind, || drop(no_forking()), child);
-}
-
-/// `at_gate` runs in another thread, between carefork's prepare handler and the fork. Time passes while it waits.
-fn fork_while_one_does(kind: Kind, at_gate: impl FnOnce() + Send, child: impl FnOnce() -> i32) {
-    AT_GATE.store(0, SeqCst);
-    THROUGH.store(false, SeqCst);
-    WAITED.store(0, SeqCst);
-    freeze();
-    let forked = AtomicBool::new(false);
-    thread::scope(|s| {
-        s.spawn(|| {
-            until(|| AT_GATE.load(SeqCst) == 1);
-            assert!(try_no_forking().is_none());
-            at_gate();
-            THROUGH.store(true, SeqCst);
-        });
-        s.spawn(|| {
-            until(|| AT_GATE.load(SeqCst) == 1);
-            until(|| {
-                // One that gave way comes back after a rest; there is nobody at the gate then.
-                carefork::testing::advance(if THROUGH.load(SeqCst) { MS / 50 } else { MS });
-                forked.load(SeqCst)
-            });
-        });
-        let pid = kind.fork(child);
-        forked.store(true, SeqCst);
-        ends_well(pid);
-    });
-    assert_ne!(WAITED.load(SeqCst), 0);
-}
-
-#[test]
-fn a_commitment_lost_before_the_fork() {
-    isolated("a_commitment_lost_before_the_fork", 30, || {
-        early([waits_for_a_thread_at_the_gate, nothing, nothing]);
-        fork_while_one_comes_to_the_gate(Kind::Coordinated, || i32::from(lineage().dirty));
-        // It gave way, and came back.
-        assert_eq!((stats().reopened, stats().thrown_away, stats().forks), (1, 1, 1));
-        fork_while_one_comes_to_the_gate(Kind::Foreign, || i32::from(!lineage().dirty));
-        assert_eq!((stats().reopened, stats().thrown_away, stats().late), (2, 1, 1));
-        assert!(no_child_left() && try_no_forking().is_some());
-    });
-}
-
-/// The child cannot know whether its descriptors were copied before or after: it may leak one, and never closes a stranger's.
-#[test]
-fn what_is_registered_after_a_lost_commitment_is_left_alone() {
-    isolated("what_is_registered_after_a_lost_commitment_is_left_alone", 30, || {
-        early([waits_for_a_thread_at_the_gate, nothing, nothing]);
-        let before = CareFd::open(|| File::open("/dev/null")).expect("opened");
-        let late = std::sync::Mutex::new(None);
-        let number = AtomicI32::new(-1);
-        let opens = || {
-            let fd = CareFd::open(|| File::open("/dev/null")).expect("opened");
-            number.store(fd.as_raw_fd(), SeqCst);
-            *late.lock().expect("no panic") = Some(fd);
-        };
-        let earlier = before.as_raw_fd();
-        // SAFETY: integers only.
-        let is_open = |fd| unsafe { libc::fcntl(fd, libc::F_GETFD) } != -1;
-        fork_while_one_does(Kind::Foreign, opens, || {
-            // SAFETY: no descriptor borrowed before is used.
-            check(2, unsafe { postfork_child_noexec() }.is_ok_and(|c| c.closed == 1));
-            check(3, !is_open(earlier));
-            i32::from(!is_open(number.load(SeqCst)))
-        });
-        assert_eq!((stats().late, stats().dirty), (1, 0));
-        early([nothing, nothing, nothing]);
-        // Nothing is left of it: to the child of a clean fork it is a care-fd like any.
-        ends_well(foreign(|| {
-            // SAFETY: as above.
-            check(2, unsafe { postfork_child_noexec() }.is_ok_and(|c| c.closed == 2));
-            i32::from(is_open(number.load(SeqCst)))
-        }));
-        assert_eq!(stats().late, 1);
-    });
-}
-
-#[test]
-fn a_gate_reopened_after_the_fork_costs_nothing() {
-    /// The child has come through its handlers, long ago.
-    fn after_the_childs_end() {
-        let mut info = std::mem::MaybeUninit::<libc::siginfo_t>::uninit();
-        // SAFETY: room for the answer. The child is left to be reaped.
-        unsafe { libc::waitid(libc::P_ALL, 0, info.as_mut_ptr(), libc::WEXITED | libc::WNOWAIT) };
-        waits_for_a_thread_at_the_gate();
-    }
-    isolated("a_gate_reopened_after_the_fork_costs_nothing", 30, || {
-        early([nothing, after_the_childs_end, nothing]);
-        for kind in BOTH {
-            fork_while_one_comes_to_the_gate(kind, || i32::from(lineage().dirty));
-        }
-        assert_eq!((stats().reopened, stats().thrown_away, stats().forks), (2, 0, 1));
-        assert!(no_child_left() && try_no_forking().is_some());
-    });
-}
-
 // -- locks
 
 /// The fork that came first sits in carefork's prepare with the late lock; the other, in a region, wants that lock in its
@@ -384,17 +269,18 @@ fn two_forks_meet_in_a_handlers_lock() {
 #[test]
 fn a_fork_without_a_budget_lets_go_of_handlers_locks() {
     isolated("a_fork_without_a_budget_lets_go_of_handlers_locks", 30, || {
+        static INSIDE: AtomicBool = AtomicBool::new(false);
         static GO: AtomicBool = AtomicBool::new(false);
         both_with_locks();
         freeze();
         thread::scope(|s| {
             s.spawn(|| {
                 let _region = no_forking();
-                AT_GATE.store(1, SeqCst);
+                INSIDE.store(true, SeqCst);
                 until(|| GO.load(SeqCst));
                 in_region_late();
             });
-            until(|| AT_GATE.load(SeqCst) == 1);
+            until(|| INSIDE.load(SeqCst));
             s.spawn(|| ends_well(fork_with(&ForkOptions::new().timeout_never(), || 0).expect("no budget")));
             until_shut();
             GO.store(true, SeqCst);

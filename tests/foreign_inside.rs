@@ -7,13 +7,18 @@ mod drive;
 mod handlers;
 
 use carefork::{
-    ForkError, ForkOptions, ForkReplacement, Hook, Mutex, lineage, register, set_fork_replacement, stats,
-    try_no_forking,
+    CareFd, ForkError, ForkOptions, ForkReplacement, Hook, Mutex, lineage, no_forking, postfork_child_noexec, register,
+    set_fork_replacement, stats, try_no_forking,
 };
 use common::{Setup, Verdict, can_change_user, check, isolated, isolated_with, raw, reap, seccomp_refuse, status_here};
-use drive::{MS, SOON, coordinated, foreign, fork_with, freeze, no_child_left, run_clock, until, until_shut};
+use drive::{
+    BOTH, Kind, MS, SOON, block, coordinated, foreign, fork_with, freeze, gettid, inside, no_child_left, run_clock,
+    until, until_shut,
+};
 use handlers::{Act, LATE_LOCK, both_with_locks, early, late, nothing};
-use std::sync::atomic::{AtomicBool, AtomicI32, AtomicU32, Ordering::SeqCst};
+use std::fs::File;
+use std::sync::Barrier;
+use std::sync::atomic::{AtomicBool, AtomicI32, AtomicU32, AtomicUsize, Ordering::SeqCst};
 use std::thread;
 
 static MADE: AtomicU32 = AtomicU32::new(0);
@@ -255,5 +260,140 @@ fn a_thread_that_registers_in_a_handler_is_forking_still() {
             drop(clock);
         });
         assert_ne!(stats().thrown_away, 0);
+    });
+}
+
+// -- the seat of a thread that was amid a fork
+
+static AMID: AtomicBool = AtomicBool::new(false);
+static GO_ON: AtomicBool = AtomicBool::new(false);
+
+/// The thread whose fork stands still in its handler, and how often that came here.
+static STANDS_STILL: AtomicI32 = AtomicI32::new(0);
+static COMES: AtomicU32 = AtomicU32::new(0);
+
+fn forks_inside_and_stands_still() {
+    if gettid() != STANDS_STILL.load(SeqCst) {
+        return;
+    }
+    if COMES.fetch_add(1, SeqCst) == 0 {
+        // Its handlers come here again.
+        let pid = foreign(|| 0);
+        check(5, pid > 0 && reap(pid, SOON) == Verdict::Exited(0));
+    } else {
+        AMID.store(true, SeqCst);
+        until(|| GO_ON.load(SeqCst));
+    }
+}
+
+/// A fork that carefork's handler has refused, or let go dirty, stands still in another handler, with a fork of that handler's inside it.
+/// In the child of a clean fork the thread is gone, and none of what its fork left in its seat is for the next one there.
+#[test]
+fn who_gets_the_seat_of_a_forking_thread_forks_as_anyone() {
+    const EACH: usize = 4;
+    /// All of the dead threads' seats are taken, before the first of them forks.
+    fn in_the_child() -> i32 {
+        let (turn, seated) = (AtomicUsize::new(0), Barrier::new(EACH));
+        thread::scope(|s| {
+            for n in 0..EACH {
+                let (turn, seated) = (&turn, &seated);
+                s.spawn(move || {
+                    drop(no_forking());
+                    seated.wait();
+                    until(|| turn.load(SeqCst) == n);
+                    block(&[libc::SIGUSR1]);
+                    let before = blocked();
+                    for kind in BOTH {
+                        let at = 10 * (kind as i32 + 1);
+                        let pid = match kind {
+                            Kind::Coordinated => {
+                                fork_with(&ForkOptions::new().timeout_never(), grandchild).unwrap_or(-1)
+                            }
+                            Kind::Foreign => foreign(grandchild),
+                        };
+                        check(at, pid > 0);
+                        check(at + 1, reap(pid, SOON) == Verdict::Exited(0));
+                        check(at + 2, blocked() == before);
+                        check(at + 3, try_no_forking().is_some());
+                    }
+                    check(3, stats().dirty == 0 && stats().forks == n as u64 + 1 && stats().foreign == n as u64 + 1);
+                    turn.store(n + 1, SeqCst);
+                });
+            }
+        });
+        0
+    }
+    fn grandchild() -> i32 {
+        check(1, !lineage().dirty);
+        // SAFETY: no borrowed descriptor is used.
+        check(2, unsafe { postfork_child_noexec() }.is_ok_and(|done| done.closed == 1));
+        0
+    }
+    isolated("who_gets_the_seat_of_a_forking_thread_forks_as_anyone", 60, || {
+        freeze();
+        early([forks_inside_and_stands_still, nothing, nothing]);
+        for kind in BOTH {
+            AMID.store(false, SeqCst);
+            GO_ON.store(false, SeqCst);
+            COMES.store(0, SeqCst);
+            let busy = inside("busy");
+            thread::scope(|s| {
+                let stands_still = s.spawn(|| {
+                    STANDS_STILL.store(gettid(), SeqCst);
+                    let pid = match kind {
+                        // The busy thread may be gone when it tries again.
+                        Kind::Coordinated => coordinated(|| 0).unwrap_or(0),
+                        Kind::Foreign => foreign(|| 0),
+                    };
+                    assert!(pid == 0 || reap(pid, SOON) == Verdict::Exited(0));
+                });
+                let clock = run_clock(5 * MS);
+                until(|| AMID.load(SeqCst));
+                drop(clock);
+                busy.leave();
+                // Marked, as long as that fork is dirty and under way.
+                let care = CareFd::open(|| File::open("/dev/null")).expect("a care-fd");
+                let pid = coordinated(in_the_child).expect("a fork beside the other");
+                assert_eq!(reap(pid, SOON), Verdict::Exited(0), "{kind:?}");
+                drop(care);
+                GO_ON.store(true, SeqCst);
+                let _clock = run_clock(5 * MS);
+                assert!(stands_still.join().is_ok());
+            });
+        }
+        assert!(try_no_forking().is_some() && no_child_left());
+    });
+}
+
+fn set_errno(to: i32) {
+    LEAVE.store(to, SeqCst);
+    leaves_errno();
+}
+
+/// Its place is another in each thread, also in the one that has the seat of one that is gone; and hooks do not care for it.
+#[test]
+fn each_thread_finds_its_own_errno() {
+    isolated("each_thread_finds_its_own_errno", 30, || {
+        freeze();
+        let spoil = || set_errno(libc::ENOTTY);
+        let _hook = register(Hook::new("spoils").prepare(spoil).parent(spoil).child(spoil));
+        let fork = || {
+            for kind in BOTH {
+                set_errno(libc::EXDEV);
+                let pid = kind.fork(|| i32::from(raw::errno() != libc::EXDEV));
+                let errno = raw::errno();
+                assert_eq!((errno, reap(pid, SOON)), (libc::EXDEV, Verdict::Exited(0)), "{kind:?}");
+            }
+        };
+        let gone = AtomicBool::new(false);
+        thread::scope(|s| {
+            // Has no seat while the first has one, and another place for its errno.
+            s.spawn(|| {
+                until(|| gone.load(SeqCst));
+                fork();
+            });
+            assert!(s.spawn(fork).join().is_ok());
+            gone.store(true, SeqCst);
+        });
     });
 }
