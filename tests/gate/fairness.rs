@@ -1,11 +1,13 @@
 //! Neither regions nor forks starve the other (G3).
 
 use crate::common::isolated;
-use crate::drive::{BOTH, Kind, Stop, freeze, gettid, until, until_it_looked};
-use crate::ends_well;
+use crate::drive::{BOTH, Kind, MS, Stop, freeze, gettid, on_signal, signal_thread, until, until_it_looked};
+use crate::{all_is_well, ends_well};
+use carefork::testing::advance;
 use carefork::{Hook, no_forking, register, try_no_forking};
-use std::sync::Arc;
+use std::cell::Cell;
 use std::sync::atomic::{AtomicBool, AtomicI32, AtomicU32, AtomicU64, Ordering::SeqCst};
+use std::sync::{Arc, Mutex};
 use std::thread;
 use std::time::Duration;
 
@@ -124,5 +126,149 @@ fn forks_in_a_loop_let_regions_in() {
         waits.sort_unstable();
         // This thread may be set aside between asking and entering; not often.
         assert!(waits[150] <= 2, "forks that overtook a waiting region: {waits:?}");
+    });
+}
+
+// -- in what order they come to it
+
+static IN_HANDLER: AtomicBool = AtomicBool::new(false);
+static STAY: AtomicBool = AtomicBool::new(false);
+
+/// Keeps the thread, wherever it waits, from going on.
+extern "C" fn stays(_: i32) {
+    IN_HANDLER.store(true, SeqCst);
+    until(|| !STAY.load(SeqCst));
+}
+
+/// The thread, which waits in carefork, is kept from going on until `let_go`.
+fn keep(tid: i32) {
+    until_it_looked(tid);
+    IN_HANDLER.store(false, SeqCst);
+    STAY.store(true, SeqCst);
+    signal_thread(tid, libc::SIGUSR1);
+    until(|| IN_HANDLER.load(SeqCst));
+}
+
+fn let_go() {
+    STAY.store(false, SeqCst);
+}
+
+/// Who came to it, in order.
+#[derive(Clone, Default)]
+struct Order(Arc<Mutex<Vec<&'static str>>>);
+
+impl Order {
+    fn came(&self, who: &'static str) {
+        self.0.lock().expect("no panic").push(who);
+    }
+
+    fn is(&self, order: &[&str]) -> bool {
+        *self.0.lock().expect("no panic") == order
+    }
+
+    fn until(&self, order: &[&str]) {
+        until(|| self.is(order));
+    }
+
+    /// Nobody else has come; if not, nobody is kept, so that the test can end.
+    fn still(&self, order: &[&str]) {
+        if !self.is(order) {
+            let_go();
+            panic!("came too early: {:?}", self.0);
+        }
+    }
+}
+
+thread_local! {
+    static NAME: Cell<&'static str> = const { Cell::new("") };
+}
+
+/// Time stands still. The first fork stands in its hook, with the gate shut, until `go` is set; each fork notes its name there.
+fn first_fork_stands(order: &Order, go: &Arc<AtomicBool>) -> carefork::Registration {
+    freeze();
+    on_signal(libc::SIGUSR1, stays);
+    let (order, go) = (order.clone(), Arc::clone(go));
+    register(Hook::new("order").prepare(move || {
+        order.came(NAME.get());
+        until(|| NAME.get() != "first" || go.load(SeqCst));
+    }))
+}
+
+/// Starts a thread of that name, which does `f`; its tid.
+fn start<'s>(s: &'s thread::Scope<'s, '_>, name: &'static str, f: impl FnOnce() + Send + 's) -> i32 {
+    let (tell, tid) = std::sync::mpsc::channel();
+    s.spawn(move || {
+        NAME.set(name);
+        tell.send(gettid()).expect("the test waits");
+        f();
+    });
+    tid.recv().expect("it starts")
+}
+
+/// Who waits at the gate when a fork ends gets in before the next one, however slow to wake; not for ever.
+#[test]
+fn a_fork_lets_those_in_whom_the_last_one_kept_out() {
+    isolated("fairness::a_fork_lets_those_in_whom_the_last_one_kept_out", 60, || {
+        for (kind, patient) in [(BOTH[0], true), (BOTH[1], true), (BOTH[0], false), (BOTH[1], false)] {
+            let (order, go) = (Order::default(), Arc::new(AtomicBool::new(false)));
+            let _hook = first_fork_stands(&order, &go);
+            thread::scope(|s| {
+                start(s, "first", || ends_well(kind.fork(|| 0)));
+                order.until(&["first"]);
+                let enters = order.clone();
+                let region = start(s, "region", move || {
+                    let _region = no_forking();
+                    enters.came("region");
+                });
+                keep(region);
+                let second = start(s, "second", || ends_well(kind.fork(|| 0)));
+                until_it_looked(second);
+                go.store(true, SeqCst);
+                until(|| try_no_forking().is_some());
+                until_it_looked(second);
+                order.still(&["first"]);
+                if patient {
+                    let_go();
+                    order.until(&["first", "region", "second"]);
+                } else {
+                    advance(MS);
+                    order.until(&["first", "second"]);
+                    let_go();
+                }
+            });
+        }
+        all_is_well();
+    });
+}
+
+/// Forks take their turns as they came, however slow one is to wake; not for ever.
+#[test]
+fn forks_come_in_turn() {
+    isolated("fairness::forks_come_in_turn", 60, || {
+        for (kind, patient) in [(BOTH[0], true), (BOTH[1], true), (BOTH[0], false), (BOTH[1], false)] {
+            let (order, go) = (Order::default(), Arc::new(AtomicBool::new(false)));
+            let _hook = first_fork_stands(&order, &go);
+            thread::scope(|s| {
+                start(s, "first", || ends_well(kind.fork(|| 0)));
+                order.until(&["first"]);
+                keep(start(s, "second", || ends_well(kind.fork(|| 0))));
+                let third = start(s, "third", || ends_well(kind.fork(|| 0)));
+                until_it_looked(third);
+                go.store(true, SeqCst);
+                until(|| try_no_forking().is_some());
+                until_it_looked(third);
+                order.still(&["first"]);
+                if patient {
+                    let_go();
+                    order.until(&["first", "second", "third"]);
+                } else {
+                    advance(MS);
+                    order.until(&["first", "third"]);
+                    let_go();
+                    order.until(&["first", "third", "second"]);
+                }
+            });
+        }
+        all_is_well();
     });
 }
