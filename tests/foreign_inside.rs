@@ -337,7 +337,7 @@ fn who_gets_the_seat_of_a_forking_thread_forks_as_anyone() {
             GO_ON.store(false, SeqCst);
             COMES.store(0, SeqCst);
             let busy = inside("busy");
-            thread::scope(|s| {
+            let verdict = thread::scope(|s| {
                 let stands_still = s.spawn(|| {
                     STANDS_STILL.store(gettid(), SeqCst);
                     let pid = match kind {
@@ -354,12 +354,14 @@ fn who_gets_the_seat_of_a_forking_thread_forks_as_anyone() {
                 // Marked, as long as that fork is dirty and under way.
                 let care = CareFd::open(|| File::open("/dev/null")).expect("a care-fd");
                 let pid = coordinated(in_the_child).expect("a fork beside the other");
-                assert_eq!(reap(pid, SOON), Verdict::Exited(0), "{kind:?}");
+                let verdict = reap(pid, SOON);
                 drop(care);
                 GO_ON.store(true, SeqCst);
                 let _clock = run_clock(5 * MS);
                 assert!(stands_still.join().is_ok());
+                verdict
             });
+            assert_eq!(verdict, Verdict::Exited(0), "{kind:?}");
         }
         assert!(try_no_forking().is_some() && no_child_left());
     });

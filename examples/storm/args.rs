@@ -1,5 +1,6 @@
 //! The flags, and what `--help` says.
 
+use crate::fault::Fault;
 use std::time::Duration;
 
 pub(crate) const HELP: &str = "\
@@ -13,6 +14,7 @@ USAGE: cargo run --release --example storm -- [FLAGS]
   --only WHICH    carefork or plain: one half alone, for all the time
   --seed N        for the order of events (they still depend on the scheduler)
   --json          one JSON object on standard output, no table
+  --fault WHAT    do it wrong on purpose, once: hang, crash, leak, close, tear or lose; the table has to say so
   --hold          leave the first hung child, or a hung half, alive and say its pid: for a debugger
   --help          this
 
@@ -72,6 +74,7 @@ pub(crate) struct Args {
     pub(crate) seed: u64,
     pub(crate) json: bool,
     pub(crate) hold: bool,
+    pub(crate) fault: Option<Fault>,
     pub(crate) help: bool,
     /// Set in the process that is one half; not for users.
     pub(crate) half: Option<Half>,
@@ -86,6 +89,7 @@ pub(crate) fn parse(mut given: impl Iterator<Item = String>) -> Result<Args, Str
         seed: 1,
         json: false,
         hold: false,
+        fault: None,
         help: false,
         half: None,
     };
@@ -108,6 +112,7 @@ pub(crate) fn parse(mut given: impl Iterator<Item = String>) -> Result<Args, Str
             "--only" => args.only = Some(Half::parse(&value()?)?),
             "--half" => args.half = Some(Half::parse(&value()?)?),
             "--seed" => args.seed = number(&flag, &value()?)?,
+            "--fault" => args.fault = Some(Fault::parse(&value()?)?),
             "--json" => args.json = true,
             "--hold" => args.hold = true,
             "--help" | "-h" => args.help = true,

@@ -83,6 +83,9 @@ pub(crate) fn live(life: Life<'_>) -> i32 {
 
 fn go(life: Life<'_>) -> Result<(), i32> {
     let Life { world, slot, keep, .. } = life;
+    if let (Some(fault), 0, 0) = (world.args.fault, life.forker, life.n) {
+        fault.in_a_child(slot);
+    }
     slot.at(0, Stage::Descriptors);
     let own: Vec<RawFd> = keep.map(Held::number).into_iter().collect();
     world.fds.check(&own, slot).map_err(|_| NOT_LISTED)?;

@@ -6,6 +6,7 @@
 mod args;
 mod board;
 mod child;
+mod fault;
 mod fds;
 mod forkers;
 mod lines;
@@ -115,6 +116,7 @@ fn start(args: &Args, half: Half, time: Duration, report: OwnedFd, out: &Path, e
         .args(["--forkers", &args.forkers.to_string()])
         .args(["--seed", &args.seed.to_string()])
         .args(args.hold.then_some("--hold"))
+        .args(args.fault.map(|fault| format!("--fault={}", fault.name())))
         .stdin(Stdio::from(report))
         .stdout(Stdio::from(log(out)?))
         .stderr(Stdio::from(log(err)?));

@@ -26,6 +26,9 @@ struct Busy {
 pub(crate) fn run(world: &'static World, who: usize) {
     let mut rng = Rng::new(world.args.seed ^ (who as u64 + 1) << 32);
     let mut busy = Busy { world, who, printed: 0, logged: 0, open: Vec::new() };
+    if let (Some(fault), 0) = (world.args.fault, who) {
+        busy.printed += fault.in_a_thread(&busy.line(0).to_string());
+    }
     while !world.stop.load(Relaxed) {
         if let Err(Broken(what)) = busy.step(&mut rng) {
             world.complain(&format!("in the parent: {what} was half changed"));

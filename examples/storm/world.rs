@@ -108,6 +108,9 @@ pub(crate) fn run(args: Args, half: Half) -> io::Result<i32> {
         report,
         args,
     }));
+    if let Some(fault) = world.args.fault {
+        fault.in_the_half()?;
+    }
     // In a child too: standard error is for numbered lines.
     std::panic::set_hook(Box::new(|info| world.note(&format!("panic in {}: {info}", std::process::id()))));
 
