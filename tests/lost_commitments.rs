@@ -20,6 +20,26 @@ fn ends_well(pid: i32) {
     assert_eq!(reap(pid, SOON), Verdict::Exited(0));
 }
 
+/// Shared with children: how far the test is.
+static STEP: AtomicPtr<AtomicU32> = AtomicPtr::new(ptr::null_mut());
+
+fn step() -> &'static AtomicU32 {
+    // SAFETY: `share_step` has run, and the page stays mapped.
+    unsafe { &*STEP.load(SeqCst) }
+}
+
+fn share_step() {
+    let (read_write, kind) = (libc::PROT_READ | libc::PROT_WRITE, libc::MAP_SHARED | libc::MAP_ANONYMOUS);
+    // SAFETY: a fresh mapping at an address of the kernel's choice.
+    let page = unsafe { libc::mmap(ptr::null_mut(), 4096, read_write, kind, -1, 0) };
+    assert_ne!(page, libc::MAP_FAILED);
+    STEP.store(page.cast(), SeqCst);
+}
+
+fn until_step(n: u32) {
+    until(|| step().load(SeqCst) >= n);
+}
+
 static AT_GATE: AtomicI32 = AtomicI32::new(0);
 static THROUGH: AtomicBool = AtomicBool::new(false);
 static WAITED: AtomicU32 = AtomicU32::new(0);
@@ -74,12 +94,19 @@ fn forked_while_one_does(kind: Kind, at_gate: impl FnOnce() + Send, child: impl 
 #[test]
 fn a_commitment_lost_before_the_fork() {
     isolated("a_commitment_lost_before_the_fork", 30, || {
+        share_step();
+        let child = |dirty| {
+            step().fetch_add(1, SeqCst);
+            i32::from(lineage().dirty != dirty)
+        };
         early([waits_for_a_thread_at_the_gate, nothing, nothing]);
-        fork_while_one_comes_to_the_gate(Kind::Coordinated, || i32::from(lineage().dirty));
-        // It gave way, and came back.
+        fork_while_one_comes_to_the_gate(Kind::Coordinated, || child(false));
+        // It gave way, and came back; its first child ended before anybody else's code ran there.
         assert_eq!((stats().reopened, stats().thrown_away, stats().forks), (1, 1, 1));
-        fork_while_one_comes_to_the_gate(Kind::Foreign, || i32::from(!lineage().dirty));
+        assert_eq!(step().load(SeqCst), 1);
+        fork_while_one_comes_to_the_gate(Kind::Foreign, || child(true));
         assert_eq!((stats().reopened, stats().thrown_away, stats().late), (2, 1, 1));
+        assert_eq!(step().load(SeqCst), 2);
         assert!(no_child_left() && try_no_forking().is_some());
     });
 }
@@ -138,26 +165,6 @@ fn a_gate_reopened_after_the_fork_costs_nothing() {
 }
 
 // -- whose word it is
-
-/// Shared with children: how far the test is.
-static STEP: AtomicPtr<AtomicU32> = AtomicPtr::new(ptr::null_mut());
-
-fn step() -> &'static AtomicU32 {
-    // SAFETY: `share_step` has run, and the page stays mapped.
-    unsafe { &*STEP.load(SeqCst) }
-}
-
-fn share_step() {
-    let (read_write, kind) = (libc::PROT_READ | libc::PROT_WRITE, libc::MAP_SHARED | libc::MAP_ANONYMOUS);
-    // SAFETY: a fresh mapping at an address of the kernel's choice.
-    let page = unsafe { libc::mmap(ptr::null_mut(), 4096, read_write, kind, -1, 0) };
-    assert_ne!(page, libc::MAP_FAILED);
-    STEP.store(page.cast(), SeqCst);
-}
-
-fn until_step(n: u32) {
-    until(|| step().load(SeqCst) >= n);
-}
 
 static PARENT: AtomicI32 = AtomicI32::new(0);
 

@@ -15,6 +15,7 @@ mod forkers;
 mod hooks;
 mod nested;
 mod regions;
+mod verdicts;
 mod words;
 
 use crate::gate::{ASK_AGAIN, Busy, COURTESY, FIRST_BOUND, GUARD, Gate, LAST_BOUND, LOCK, Seats, Slot};
