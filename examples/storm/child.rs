@@ -3,6 +3,7 @@
 #![allow(unsafe_code)]
 
 use crate::board::{Slot, Stage};
+use crate::fault::Fault;
 use crate::fds::Held;
 use crate::forkers::{self, Side};
 use crate::lines::Line;
@@ -231,6 +232,9 @@ impl Life<'_> {
     }
 
     fn print(&self, k: u32) {
+        if (self.world.args.fault, self.forker, self.n, k) == (Some(Fault::Lose), 0, 0, 0) {
+            return;
+        }
         let line = self.line(k);
         if k == 2 { print!("{line}") } else { println!("{line}") }
     }

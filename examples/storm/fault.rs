@@ -19,7 +19,7 @@ pub(crate) enum Fault {
     Close,
     /// A thread prints a line in two halves, with something in between.
     Tear,
-    /// A thread says that it has printed a line, and has not.
+    /// A thread says that it has printed a first and a last line, and has not; nor has a child its first.
     Lose,
 }
 
