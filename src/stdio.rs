@@ -141,7 +141,6 @@ impl Streams {
         }
     }
 
-    #[unsafe(link_section = ".text_carefork")]
     fn release_in_child(&self) {
         // SAFETY: as in `take`. A child's function runs once for each prepare, which puts new ones there before anybody looks again.
         let Some((mut out, err)) = (unsafe { self.held.get().read() }).map(ManuallyDrop::into_inner) else { return };
