@@ -26,8 +26,8 @@
 use crate::care_table::{Kind, TABLE};
 use crate::exec_plan::{Move, Plan};
 use crate::runtime::Start;
-use crate::sys;
 use crate::sys_exec::{self, Errno};
+use crate::sys_signals;
 use std::ffi::c_void;
 use std::os::fd::RawFd;
 use std::sync::atomic::{AtomicI32, AtomicU32, Ordering};
@@ -182,7 +182,7 @@ pub(crate) unsafe extern "C" fn entry(shared: *mut c_void) -> ! {
 
 /// Everything before the exec; `before` is the mask of the thread that starts the program. Every signal is blocked before, and not
 /// afterwards.
-pub(crate) fn prepare(plan: &Plan, before: &sys::SigSet) -> Result<(), Failure> {
+pub(crate) fn prepare(plan: &Plan, before: &sys_signals::SigSet) -> Result<(), Failure> {
     let at = |stage| move |errno| Failure { stage, index: 0, errno };
     plan.signals.for_program();
     if plan.session {
@@ -213,7 +213,7 @@ pub(crate) fn prepare(plan: &Plan, before: &sys::SigSet) -> Result<(), Failure> 
         // SAFETY: room for eleven bytes, which nobody reads before the exec.
         unsafe { sys_exec::write_pid(place) };
     }
-    sys::set_mask(&plan.signals.mask(before, None));
+    sys_signals::set_mask(&plan.signals.mask(before, None));
     Ok(())
 }
 

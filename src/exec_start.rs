@@ -36,7 +36,7 @@ use crate::region::no_forking;
 use crate::runtime::{Start, count};
 use crate::signals::Signals;
 use crate::sys_reap::{self, How, Which};
-use crate::{clock, sys, sys_exec};
+use crate::{clock, sys, sys_exec, sys_signals};
 use std::io::{self, PipeReader, Read};
 use std::os::fd::{AsRawFd, BorrowedFd, FromRawFd, OwnedFd, RawFd};
 use std::panic::{AssertUnwindSafe, catch_unwind};
@@ -146,7 +146,7 @@ pub(crate) unsafe fn start_by_fork(
     closures: &mut [PreExec],
 ) -> Result<Child, NotStarted> {
     let (from, to) = report_pipe(plan).map_err(NotStarted::Pipe)?;
-    let before = sys::current_mask();
+    let before = sys_signals::current_mask();
     let all: Vec<i32> = (1..=crate::signals::LAST).collect();
     let options = ForkOptions::new().signals(Signals::Inherit).mask(&all);
     let options = match timeout {
@@ -206,7 +206,7 @@ fn put_aside(from: RawFd, targets: &[RawFd]) -> Result<RawFd, i32> {
     }
 }
 
-fn prepare_and_exec(plan: &Plan, before: &sys::SigSet, closures: &mut [PreExec]) -> Failure {
+fn prepare_and_exec(plan: &Plan, before: &sys_signals::SigSet, closures: &mut [PreExec]) -> Failure {
     if let Err(failure) = exec_child::prepare(plan, before) {
         return failure;
     }

@@ -11,7 +11,7 @@ use crate::reap::child::Child;
 use crate::reap::known::UnderWay;
 use crate::reap::{known, orphans};
 use crate::runtime::{self, Passed, Request, count};
-use crate::{care_table, clock, replace, stdio, sys};
+use crate::{care_table, clock, replace, stdio, sys, sys_signals};
 use std::io::Write;
 use std::os::fd::{AsRawFd, IntoRawFd};
 use std::panic::{AssertUnwindSafe, catch_unwind};
@@ -233,7 +233,7 @@ impl ForkOptions<'_> {
 
     /// The child's first steps, signals blocked. Async-signal-safe: nothing here can fail or allocate.
     #[inline(always)]
-    fn begin_child(&self, ready: Ready, before: Option<&sys::SigSet>) -> InChild {
+    fn begin_child(&self, ready: Ready, before: Option<&sys_signals::SigSet>) -> InChild {
         self.signals.reset_dispositions();
         if self.new_session {
             sys::new_session();
@@ -263,7 +263,7 @@ impl ForkOptions<'_> {
             }
         }
         if let Some(before) = before {
-            sys::set_mask(&self.signals.mask(before, ready.mask.as_ref()));
+            sys_signals::set_mask(&self.signals.mask(before, ready.mask.as_ref()));
         }
         InChild::new(ready.keep)
     }
@@ -272,7 +272,7 @@ impl ForkOptions<'_> {
 /// Where a fork has come back.
 enum Side {
     /// With the mask from before, if signals are blocked still.
-    Child(Option<sys::SigSet>),
+    Child(Option<sys_signals::SigSet>),
     /// With the child's number; it is under way until it is written down.
     Parent(u32, Option<UnderWay>),
 }
@@ -312,7 +312,7 @@ fn sleep(ns: u64, deadline: Option<u64>) {
 
 fn restore(passed: &Passed) {
     if let Some(mask) = &passed.mask {
-        sys::set_mask(mask);
+        sys_signals::set_mask(mask);
     }
 }
 
@@ -323,7 +323,7 @@ fn restore(passed: &Passed) {
 #[inline(always)]
 unsafe fn once(me: &Slot, request: &mut Request) -> (std::io::Result<u32>, Passed) {
     // Turned off, the handlers do nothing, and the child must have its signals blocked all the same.
-    let mask = runtime::is_off().then(sys::block_all);
+    let mask = runtime::is_off().then(sys_signals::block_all);
     let forks = runtime::count_forks(me);
     let place = std::ptr::from_mut(request);
     me.request.store(place.cast(), Relaxed);

@@ -4,7 +4,7 @@
 
 use crate::error::ForkError;
 use crate::signals::{LAST, Signals};
-use crate::sys;
+use crate::{sys, sys_signals};
 use std::ffi::CString;
 use std::io;
 use std::marker::PhantomData;
@@ -147,7 +147,7 @@ impl<'fd> ForkOptions<'fd> {
             Some(list) if !list.iter().all(|s| (1..=LAST).contains(s)) => {
                 return Err(ForkError::Invalid("mask names a number that is no signal"));
             }
-            Some(list) => Some(sys::mask_of(list)),
+            Some(list) => Some(sys_signals::mask_of(list)),
             None => None,
         };
         if let (Some(mask), Signals::List(reset)) = (&self.mask, &self.signals)
@@ -177,7 +177,7 @@ impl<'fd> ForkOptions<'fd> {
 /// What `fork` made ready, so that the child has nothing left that can fail.
 #[derive(Debug)]
 pub(crate) struct Ready {
-    pub(crate) mask: Option<sys::SigSet>,
+    pub(crate) mask: Option<sys_signals::SigSet>,
     pub(crate) name: Option<CString>,
     pub(crate) keep: Vec<RawFd>,
     pub(crate) null: Option<OwnedFd>,

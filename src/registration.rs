@@ -4,7 +4,7 @@ use crate::durations::Durations;
 use crate::hook::{Calls, Hook, TIMED, message, say_panic};
 use crate::hook_list::{self, Node};
 use crate::runtime::{self, gate, hooks};
-use crate::sys;
+use crate::{sys, sys_signals};
 use std::fmt;
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::Arc;
@@ -69,12 +69,12 @@ pub(crate) fn tidy() {
         return;
     }
     // A signal handler that forks would wait for the role that this thread holds.
-    let mask = sys::block_all();
+    let mask = sys_signals::block_all();
     if gate().try_role(me) {
         hooks().settle();
         gate().release_role();
     }
-    sys::set_mask(&mask);
+    sys_signals::set_mask(&mask);
     hooks().collect();
 }
 
@@ -89,14 +89,14 @@ pub(crate) fn clean_up() -> (usize, usize) {
 fn clean_up_each() -> (usize, usize) {
     let me = runtime::me();
     let mut found = Vec::new();
-    let mask = sys::block_all();
+    let mask = sys_signals::block_all();
     // The child's own threads may be registering; a fork by one of them runs no clean-up, so missing it here loses nothing.
     while !gate().try_role(me) {
         sys::yield_now();
     }
     hooks().each_living(|_, h| found.extend(h.cleanup().map(|f| (h.name, Arc::clone(f)))));
     gate().release_role();
-    sys::set_mask(&mask);
+    sys_signals::set_mask(&mask);
     let mut panicked = 0;
     for (name, f) in &found {
         if let Err(payload) = catch_unwind(AssertUnwindSafe(&**f)) {
@@ -122,13 +122,13 @@ pub(crate) fn list() -> Option<Vec<(&'static str, i32, Durations)>> {
     for _ in 0..ASKS.0 {
         let mut found = Vec::new();
         // As in `tidy`, which has the role for an instant too.
-        let mask = sys::block_all();
+        let mask = sys_signals::block_all();
         let ours = gate().try_role(me);
         if ours {
             hooks().each_living(|key, h| found.push((h.name, hook_list::rank(key), h.waited(generation))));
             gate().release_role();
         }
-        sys::set_mask(&mask);
+        sys_signals::set_mask(&mask);
         if ours {
             hooks().collect();
             found.reverse();

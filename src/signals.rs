@@ -1,7 +1,7 @@
 //! Signals across a fork: dispositions and mask in the child (K3).
 
 use crate::error::ForkError;
-use crate::sys;
+use crate::sys_signals;
 
 /// What a child does with the signal handlers and the mask that it inherits.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
@@ -43,17 +43,17 @@ impl Signals {
             Signals::Inherit => {}
             Signals::Reset => {
                 for s in (1..=LAST).filter(|&s| settable(s) && s != libc::SIGPIPE) {
-                    sys::default_disposition(s);
+                    sys_signals::default_disposition(s);
                 }
-                sys::ignore_by_handler(libc::SIGPIPE);
+                sys_signals::ignore_by_handler(libc::SIGPIPE);
                 // posix_spawn of glibc hands libc's own on ignored: to the program that got them so, and to all below it.
-                for s in (1..=LAST).filter(|s| sys::is_libc_own(*s)) {
-                    if sys::is_ignored(s) {
-                        sys::default_disposition(s);
+                for s in (1..=LAST).filter(|s| sys_signals::is_libc_own(*s)) {
+                    if sys_signals::is_ignored(s) {
+                        sys_signals::default_disposition(s);
                     }
                 }
             }
-            Signals::List(list) => list.iter().for_each(|&s| sys::default_disposition(s)),
+            Signals::List(list) => list.iter().for_each(|&s| sys_signals::default_disposition(s)),
         }
     }
 
@@ -64,23 +64,27 @@ impl Signals {
             let reset = match self {
                 // Asking first would cost as much.
                 Signals::Reset => true,
-                Signals::Inherit => sys::is_caught(s),
-                Signals::List(list) => list.contains(&s) || sys::is_caught(s),
+                Signals::Inherit => sys_signals::is_caught(s),
+                Signals::List(list) => list.contains(&s) || sys_signals::is_caught(s),
             };
             if reset {
-                sys::default_disposition(s);
+                sys_signals::default_disposition(s);
             }
         }
     }
 
     /// The child's mask, from the parent's.
     #[inline(always)]
-    pub(crate) fn mask(&self, before: &sys::SigSet, given: Option<&sys::SigSet>) -> sys::SigSet {
+    pub(crate) fn mask(
+        &self,
+        before: &sys_signals::SigSet,
+        given: Option<&sys_signals::SigSet>,
+    ) -> sys_signals::SigSet {
         match (given, self) {
             (Some(mask), _) => *mask,
             (None, Signals::Inherit) => *before,
-            (None, Signals::Reset) => sys::mask_of(&[]),
-            (None, Signals::List(list)) => sys::mask_without(before, list),
+            (None, Signals::Reset) => sys_signals::mask_of(&[]),
+            (None, Signals::List(list)) => sys_signals::mask_without(before, list),
         }
     }
 }

@@ -5,7 +5,6 @@
 
 #![allow(unsafe_code)]
 
-pub(crate) use crate::sys_signals::*;
 use std::io;
 use std::os::fd::{AsRawFd, BorrowedFd, FromRawFd, OwnedFd, RawFd};
 use std::sync::atomic::AtomicU32;

@@ -6,7 +6,7 @@
 use super::builder::WhenFull;
 use super::line::Style;
 use super::output::{Sink, Stopped};
-use crate::{Mutex, OnceLock, sys, threads};
+use crate::{Mutex, OnceLock, sys_signals, threads};
 use crossbeam_channel::{Receiver, Sender, bounded, unbounded};
 use std::io;
 use std::panic::{AssertUnwindSafe, catch_unwind};
@@ -114,9 +114,9 @@ impl Queue {
             let Some(worker) = self.worker.lock().take() else { return false };
             let rx = self.rx.clone();
             // The program's signal handlers are not for this thread.
-            let mask = sys::block_all();
+            let mask = sys_signals::block_all();
             let thread = threads::start("carefork-log", (), move || worker.run(&rx));
-            sys::set_mask(&mask);
+            sys_signals::set_mask(&mask);
             thread.is_ok()
         })
     }

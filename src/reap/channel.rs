@@ -3,7 +3,7 @@
 use super::exit::Exit;
 use super::reaper::{Reaper, Shared};
 use crate::locks::Mutex;
-use crate::{sys, threads};
+use crate::{sys, sys_signals, threads};
 use crossbeam_channel::{Receiver, Sender, unbounded};
 use std::io;
 use std::panic::{AssertUnwindSafe, catch_unwind};
@@ -86,9 +86,9 @@ impl Reaper {
 
 /// Its signals are blocked: handlers run on the program's own threads.
 fn start(shared: Arc<Shared>) -> io::Result<()> {
-    let mask = sys::block_all();
+    let mask = sys_signals::block_all();
     let thread = threads::start("carefork-reaper", (), move || run(&shared));
-    sys::set_mask(&mask);
+    sys_signals::set_mask(&mask);
     thread.map(drop)
 }
 

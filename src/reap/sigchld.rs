@@ -17,7 +17,7 @@
 use super::per_process::PerProcess;
 use crate::carefd::CareFd;
 use crate::locks::Mutex;
-use crate::{runtime, sys, sys_reap};
+use crate::{runtime, sys, sys_reap, sys_signals};
 use std::io;
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd, IntoRawFd, OwnedFd};
 use std::os::unix::net::UnixDatagram;
@@ -55,7 +55,7 @@ static HANDLER: Handler = Handler {
 
 /// A disposition that ours replaced.
 struct Before {
-    action: sys::KernelAction,
+    action: sys_signals::KernelAction,
     /// It was for one signal only (SA_RESETHAND), which has come.
     spent: AtomicBool,
 }
@@ -67,9 +67,9 @@ impl Before {
     }
 
     /// As the kernel has it now.
-    fn action(&self) -> sys::KernelAction {
+    fn action(&self) -> sys_signals::KernelAction {
         let handler = if self.spent.load(Relaxed) { libc::SIG_DFL } else { self.action.handler };
-        sys::KernelAction { handler, ..self.action }
+        sys_signals::KernelAction { handler, ..self.action }
     }
 
     /// Async-signal-safe, if what was there is.
@@ -193,16 +193,16 @@ fn make_pair() -> io::Result<(CareFd<OwnedFd>, CareFd<OwnedFd>)> {
     Ok((reader, writer))
 }
 
-fn current() -> sys::KernelAction {
-    sys::disposition(libc::SIGCHLD)
+fn current() -> sys_signals::KernelAction {
+    sys_signals::disposition(libc::SIGCHLD)
 }
 
-fn is_ours(action: &sys::KernelAction) -> bool {
+fn is_ours(action: &sys_signals::KernelAction) -> bool {
     action.handler == address()
 }
 
 /// A record is leaked for each disposition that is not the one from last time, since a handler may be reading that.
-fn remember(action: &sys::KernelAction) {
+fn remember(action: &sys_signals::KernelAction) {
     if Before::get().is_some_and(|before| before.action() == *action) {
         return;
     }
@@ -244,7 +244,7 @@ fn put_back() -> bool {
         return false;
     }
     if let Some(before) = Before::get() {
-        sys::put_disposition(libc::SIGCHLD, &before.action());
+        sys_signals::put_disposition(libc::SIGCHLD, &before.action());
     }
     true
 }
@@ -258,7 +258,8 @@ pub(crate) fn put_back_in_child() {
 
 /// Before there was a handler of ours, the kernel threw statuses away.
 pub(crate) fn was_ignored() -> bool {
-    let ignores = |a: &sys::KernelAction| a.handler == libc::SIG_IGN || a.flags as i32 & libc::SA_NOCLDWAIT != 0;
+    let ignores =
+        |a: &sys_signals::KernelAction| a.handler == libc::SIG_IGN || a.flags as i32 & libc::SA_NOCLDWAIT != 0;
     Before::get().is_some_and(|before| ignores(&before.action))
 }
 

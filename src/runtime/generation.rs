@@ -60,9 +60,9 @@ pub(super) fn mend(alive: &AtomicU32) {
         return;
     }
     // A handler that came here in the middle would wait for the thread that it has interrupted.
-    let mask = sys::block_all();
+    let mask = sys_signals::block_all();
     if alive.compare_exchange(0, MENDING, AcqRel, Acquire).is_err() {
-        sys::set_mask(&mask);
+        sys_signals::set_mask(&mask);
         while alive.load(Acquire) == MENDING {
             sys::yield_now();
         }
@@ -82,7 +82,7 @@ pub(super) fn mend(alive: &AtomicU32) {
     }
     alive.store(HERE, Release);
     forget_told();
-    sys::set_mask(&mask);
+    sys_signals::set_mask(&mask);
 }
 
 /// The mark is set: the number has served. A bypass child in a PID namespace of its own may have the same one.

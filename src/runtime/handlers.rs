@@ -8,7 +8,7 @@ use super::*;
 #[derive(Debug)]
 pub(crate) struct Passed {
     /// The mask from before: signals are blocked still.
-    pub(crate) mask: Option<sys::SigSet>,
+    pub(crate) mask: Option<sys_signals::SigSet>,
     /// A waiter reopened the gate before the child's copy was whole: the child ends at once.
     pub(crate) late: bool,
 }
@@ -71,13 +71,13 @@ struct Handlers<'a> {
 impl Steps for Handlers<'_> {
     fn block_signals(&mut self) {
         if !self.passage.has_mask() {
-            self.passage.put_mask(sys::block_all());
+            self.passage.put_mask(sys_signals::block_all());
         }
     }
 
     fn restore_signals(&mut self) {
         if let Some(mask) = self.passage.take_mask() {
-            sys::set_mask(&mask);
+            sys_signals::set_mask(&mask);
         }
     }
 
@@ -246,7 +246,7 @@ fn prepare_foreign(me: &Slot, collected: &mut Collected) {
         passage.marking.set(true);
         care_table::dirty_begins();
         if let Some(mask) = passage.take_mask() {
-            sys::set_mask(&mask);
+            sys_signals::set_mask(&mask);
         }
     }
 }
@@ -350,7 +350,7 @@ fn pass_mask(passage: &Passage, coordinated: bool) {
     passage.dirty.set(false);
     passage.marking.set(false);
     if !coordinated && let Some(mask) = passage.take_mask() {
-        sys::set_mask(&mask);
+        sys_signals::set_mask(&mask);
     }
 }
 

@@ -16,7 +16,7 @@ use crate::passage::{Passage, Stage};
 use crate::prepare::{self, Hooks, How, Outcome, Plan, Steps, Wait};
 use crate::print_wait::{self, WaitWord};
 use crate::slots::SlotTable;
-use crate::{clock, sys, sys_copies};
+use crate::{clock, sys, sys_copies, sys_signals};
 use std::cell::{Cell, UnsafeCell};
 use std::mem::ManuallyDrop;
 use std::sync::atomic::{AtomicBool, AtomicPtr, AtomicU32, AtomicU64, Ordering};
@@ -251,7 +251,7 @@ fn try_me_slow() -> Option<&'static Slot> {
         return Some(s);
     }
     // A signal handler that needs a seat in the middle of this would take a second one.
-    let mask = sys::block_all();
+    let mask = sys_signals::block_all();
     let mut s = STATE.gate.seats.claim(sys::gettid());
     if let Some(without) = s
         && !collected::ready(without)
@@ -268,7 +268,7 @@ fn try_me_slow() -> Option<&'static Slot> {
         SEAT.set(s);
         arm_thread_end(s);
     }
-    sys::set_mask(&mask);
+    sys_signals::set_mask(&mask);
     s
 }
 

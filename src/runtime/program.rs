@@ -10,7 +10,7 @@ use super::*;
 pub(crate) struct Start {
     /// `None` where the gate is turned off.
     shut: Option<(&'static Slot, u32)>,
-    mask: sys::SigSet,
+    mask: sys_signals::SigSet,
 }
 
 impl Start {
@@ -19,7 +19,7 @@ impl Start {
     pub(crate) fn begin(deadline: Option<u64>) -> Result<Start, ForkError> {
         generation();
         if is_off() {
-            return Ok(Start { shut: None, mask: sys::block_everything() });
+            return Ok(Start { shut: None, mask: sys_signals::block_everything() });
         }
         let me = me();
         if in_fork() || !me.request.load(Relaxed).is_null() {
@@ -36,7 +36,7 @@ impl Start {
         let mut report = Report::new();
         let outcome = prepare::prepare(&STATE.gate, me, &mut steps, &plan, &mut report.busy);
         if let Outcome::Committed(shut) = outcome {
-            let mask = sys::block_everything();
+            let mask = sys_signals::block_everything();
             return Ok(Start { shut: Some((me, shut)), mask: steps.mask.unwrap_or(mask) });
         }
         steps.restore_signals();
@@ -46,7 +46,7 @@ impl Start {
     }
 
     /// The mask from before.
-    pub(crate) fn mask(&self) -> &sys::SigSet {
+    pub(crate) fn mask(&self) -> &sys_signals::SigSet {
         &self.mask
     }
 
@@ -71,24 +71,24 @@ impl Start {
             }
             me.passage.stage.set(Stage::None);
         }
-        sys::set_mask(&self.mask);
+        sys_signals::set_mask(&self.mask);
     }
 }
 
 struct NoHooks {
-    mask: Option<sys::SigSet>,
+    mask: Option<sys_signals::SigSet>,
 }
 
 impl Steps for NoHooks {
     fn block_signals(&mut self) {
         if self.mask.is_none() {
-            self.mask = Some(sys::block_all());
+            self.mask = Some(sys_signals::block_all());
         }
     }
 
     fn restore_signals(&mut self) {
         if let Some(mask) = self.mask.take() {
-            sys::set_mask(&mask);
+            sys_signals::set_mask(&mask);
         }
     }
 
