@@ -7,7 +7,7 @@ mod kit;
 mod peers;
 
 use carefork::{CareFd, MAX_FDS, Received, no_forking, recv_fds, send_fds};
-use common::{Verdict, check, isolated, self_fds};
+use common::{Setup, Verdict, check, isolated, isolated_with, self_fds};
 use kit::{SOON, assert_gate_open, foreign};
 use nix::fcntl::{FcntlArg, FdFlag, fcntl};
 use nix::sys::resource::{Resource, getrlimit, setrlimit};
@@ -484,19 +484,26 @@ fn a_received_descriptor_becomes_the_socket_it_is() {
 /// The registry has no memory for the number: the message is lost, and nothing stays open.
 #[test]
 fn what_cannot_be_registered_is_closed() {
-    isolated("what_cannot_be_registered_is_closed", 20, || {
+    // The words of numbers below are there from the start.
+    const MAPPED: u64 = 16_384;
+    let setup = Setup { rlimits: vec![(libc::RLIMIT_NOFILE, MAPPED + 100)], ..Setup::default() };
+    isolated_with("what_cannot_be_registered_is_closed", 20, setup, || {
         let before = open_now();
         drop(no_forking());
         let (here, there) = datagrams();
         send_fds(&here, b"abc", &borrowed(&files(3))).expect("sent");
-        // No more address space: the first care-fd of this process finds no memory for its word.
+        let mut below = files(1);
+        while below.last().is_some_and(|f| f.as_raw_fd() as u64 + 1 < MAPPED) {
+            below.push(below[0].try_clone().expect("room for it"));
+        }
+        // No more address space: the first care-fd up here finds no memory for its word.
         let (soft, hard) = getrlimit(Resource::RLIMIT_AS).expect("limit");
         setrlimit(Resource::RLIMIT_AS, 1 << 20, hard).expect("limit");
         let refused = recv_fds(&there, &mut [0; 8], 3);
         setrlimit(Resource::RLIMIT_AS, soft, hard).expect("limit");
         let refused = refused.expect_err("no memory");
         assert_eq!(refused.kind(), ErrorKind::OutOfMemory, "{refused}");
-        drop((here, there));
+        drop((here, there, below));
         assert_eq!(open_now(), before);
     });
 }
