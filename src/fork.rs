@@ -218,11 +218,15 @@ impl ForkOptions<'_> {
             known::forget_thrown_away(pid);
             drop(under_way);
             count().thrown_away.fetch_add(1, Relaxed);
-            restore(&passed);
             let over = request.deadline.is_some_and(|d| clock::now() >= d);
-            if again == 0 || over {
+            // Before the mask is restored: the handler of a signal that comes then may fork, which collects in the same place.
+            let end = (again == 0 || over).then(|| {
                 let outcome = request.outcome.take().unwrap_or(Outcome::Busy);
-                return Err(refused(me, outcome));
+                refused(me, outcome)
+            });
+            restore(&passed);
+            if let Some(error) = end {
+                return Err(error);
             }
             // Others that wait for a lock of another library's handler get it now.
             sleep(again, request.deadline);

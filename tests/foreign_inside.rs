@@ -191,6 +191,49 @@ fn a_fork_inside_another_librarys_handler_is_foreign() {
     });
 }
 
+/// What another fork on this thread collects must not take the place of why this one was refused.
+#[test]
+fn why_a_fork_was_refused_outlives_a_fork_inside_it() {
+    isolated("why_a_fork_was_refused_outlives_a_fork_inside_it", 30, || {
+        freeze();
+        late([nothing, forks_inside, nothing]);
+        let _veto = register(Hook::new("veto").try_prepare(|| Err("no".into())));
+        for armed in [0, 1] {
+            INNER.store(armed, SeqCst);
+            let Err(ForkError::Vetoed { hook, reason }) = coordinated(|| 1) else { panic!("vetoed") };
+            assert_eq!((hook, &*reason, INNER.load(SeqCst)), ("veto", "no", armed * 3));
+        }
+        assert!(no_child_left() && try_no_forking().is_some());
+    });
+}
+
+/// As above, by the handler of a signal that came during the fork and is delivered with its end.
+#[test]
+fn why_a_fork_was_refused_outlives_a_signal_handlers_fork() {
+    fn raises() {
+        if INNER.compare_exchange(1, 2, SeqCst, SeqCst).is_ok() {
+            // SAFETY: blocked, as every signal is here.
+            unsafe { libc::raise(libc::SIGUSR1) };
+        }
+    }
+    extern "C" fn on_signal(_: i32) {
+        check(4, reap(foreign(|| 0), SOON) == Verdict::Exited(0));
+        INNER.store(3, SeqCst);
+    }
+    isolated("why_a_fork_was_refused_outlives_a_signal_handlers_fork", 30, || {
+        freeze();
+        let handler = on_signal as extern "C" fn(i32);
+        // SAFETY: the handler does what may be done in one, and fork.
+        unsafe { libc::signal(libc::SIGUSR1, handler as libc::sighandler_t) };
+        let _veto = register(Hook::new("veto").try_prepare(|| Err("no".into())));
+        early([raises, nothing, nothing]);
+        INNER.store(1, SeqCst);
+        let Err(ForkError::Vetoed { hook, reason }) = coordinated(|| 1) else { panic!("vetoed") };
+        assert_eq!((hook, &*reason, INNER.load(SeqCst)), ("veto", "no", 3));
+        assert!(no_child_left() && try_no_forking().is_some());
+    });
+}
+
 /// A coordinated fork inside the handler of a foreign one is itself, and so is a foreign one inside the handler of that.
 #[test]
 fn three_forks_inside_each_other() {

@@ -175,7 +175,8 @@ pub(super) extern "C" fn on_prepare() {
     let request = unsafe { me.request.load(Relaxed).cast::<Request>().as_mut() };
     match request {
         Some(request) => prepare_coordinated(me, request, collected),
-        None => prepare_foreign(me, collected),
+        None if passage.outer.get().is_null() => prepare_foreign(me, collected),
+        None => prepare_inner(me),
     }
     passage.begun.set(clock::now());
     leave_errno(passage, UNTOUCHED);
@@ -204,6 +205,15 @@ fn prepare_coordinated(me: &Slot, request: &mut Request, collected: &mut Collect
         Outcome::Committed(shut) => Stage::Committed(shut),
         _ => Stage::Refused,
     });
+}
+
+/// A foreign fork inside a coordinated one, whose own report may stand in this thread's place already: it was refused, and this fork is
+/// made by another library's handler after ours in the parent. Apart, for its buffers.
+#[cold]
+#[inline(never)]
+fn prepare_inner(me: &Slot) {
+    let mut apart = Collected::NEW;
+    prepare_foreign(me, &mut apart);
 }
 
 fn prepare_foreign(me: &Slot, collected: &mut Collected) {
