@@ -148,6 +148,16 @@ impl Slot {
     /// For a thread's end, `force_unlock` and the child: as if never entered. The caller calls `Gate::left`.
     pub(crate) fn clear(&self) {
         self.depth.store(0, Release);
+        self.forget_fork();
+    }
+
+    /// In a child, whose owner of this seat was left behind: in no queue of forks.
+    pub(crate) fn bury(&self) {
+        self.forget_fork();
+        self.tid.store(GHOST, Relaxed);
+    }
+
+    fn forget_fork(&self) {
         self.waits.store(0, Relaxed);
         self.fork.store(NONE, Relaxed);
         self.request.store(std::ptr::null_mut(), Relaxed);

@@ -101,9 +101,13 @@ impl SlotTable {
             if tid == GHOST || tid == VACANT {
                 return true;
             }
-            // A ghost is in no region and in no queue of forks either.
-            s.clear();
-            s.tid.store(if ghosts { GHOST } else { VACANT }, Ordering::Relaxed);
+            if ghosts {
+                // Its regions count for nobody, and are kept for the one that comes back (`mend`).
+                s.bury();
+            } else {
+                s.clear();
+                s.tid.store(VACANT, Ordering::Relaxed);
+            }
             true
         });
     }

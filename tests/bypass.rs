@@ -6,11 +6,15 @@
 mod common;
 mod drive;
 
-use carefork::{Hook, Mutex, Registration, fork_generation, lineage, no_forking, register, stats, try_no_forking};
+use carefork::{
+    ForkError, ForkOptions, Hook, Mutex, Registration, fork_generation, lineage, no_forking, register, stats,
+    try_no_forking,
+};
 use common::{Refuse, Setup, Verdict, check, isolated, isolated_with, raw, reap, seccomp_refuse};
-use drive::{BOTH, MS, SOON, Stop, coordinated, foreign, freeze, inside, run_clock, until, until_shut};
+use drive::{BOTH, MS, SOON, Stop, coordinated, foreign, fork_with, freeze, inside, run_clock, until, until_shut};
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering::SeqCst};
 use std::thread;
+use std::time::Duration;
 
 fn ends_well(pid: i32) {
     assert_eq!(reap(pid, SOON), Verdict::Exited(0));
@@ -132,6 +136,42 @@ fn inside_ones_own_region() {
                 check(1, coordinated(|| 1).is_err());
                 // SAFETY: the guard is in the parent's frame, which this child never goes back to.
                 unsafe { carefork::force_unlock() };
+                works(1)
+            });
+            pid.into_iter().for_each(ends_well);
+            drop(region);
+        }
+    });
+}
+
+/// The thread that made the child takes no part in what another finds out there first: what it had it has still, and forks wait for it.
+#[test]
+fn where_a_new_thread_is_the_first_to_call() {
+    fn another() {
+        check(1, thread::spawn(|| drop(no_forking())).join().is_ok());
+    }
+    fn is_waited_for() {
+        let at_once = ForkOptions::new().timeout(Duration::ZERO);
+        let _region = no_forking();
+        let forked = thread::spawn(move || fork_with(&at_once, || 0).is_ok()).join();
+        check(2, matches!(forked, Ok(false)));
+    }
+    isolated("where_a_new_thread_is_the_first_to_call", 60, || {
+        drop(no_forking());
+        for way in WAYS {
+            let pid = way.fork(|| {
+                another();
+                is_waited_for();
+                works(1)
+            });
+            pid.into_iter().for_each(ends_well);
+            let region = no_forking();
+            let pid = way.fork(|| {
+                another();
+                check(3, matches!(coordinated(|| 1), Err(ForkError::Forbidden { .. })));
+                // SAFETY: as in `inside_ones_own_region`.
+                unsafe { carefork::force_unlock() };
+                is_waited_for();
                 works(1)
             });
             pid.into_iter().for_each(ends_well);

@@ -24,7 +24,7 @@ pub(crate) fn generation() -> u64 {
 pub(crate) fn is_still(generation: u64) -> bool {
     // SAFETY: as in `me`.
     let alive = unsafe { &*STATE.alive.load(Relaxed) };
-    alive.load(Acquire) == HERE && STATE.generation.load(Relaxed) == generation
+    matches!(alive.load(Acquire), HERE | FIRST_AWAY) && STATE.generation.load(Relaxed) == generation
 }
 
 /// The generation's low bits, for a thread that has called `me` already.
@@ -59,30 +59,44 @@ pub(super) fn mend(alive: &AtomicU32) {
         forget_told();
         return;
     }
-    // A handler that came here in the middle would wait for the thread that it has interrupted.
-    let mask = sys_signals::block_all();
-    if alive.compare_exchange(0, MENDING, AcqRel, Acquire).is_err() {
-        sys_signals::set_mask(&mask);
-        while alive.load(Acquire) == MENDING {
-            sys::yield_now();
-        }
+    // The child's first thread is the one that the fork copied, seat and all.
+    let first = sys::gettid() == sys::getpid();
+    if alive.load(Acquire) == FIRST_AWAY && !first {
         return;
     }
+    // A handler that came here in the middle would wait for the thread that it has interrupted.
+    let mask = sys_signals::block_all();
+    if alive.compare_exchange(0, MENDING, AcqRel, Acquire).is_ok() {
+        mend_here();
+        alive.store(if first { HERE } else { FIRST_AWAY }, Release);
+        forget_told();
+    }
+    while alive.load(Acquire) == MENDING {
+        sys::yield_now();
+    }
+    if first && alive.load(Acquire) == FIRST_AWAY {
+        // Another thread took its seat for one that was left behind.
+        if let Some(s) = seated() {
+            s.tid.store(sys::getpid(), Relaxed);
+        }
+        alive.store(HERE, Release);
+    }
+    sys_signals::set_mask(&mask);
+}
+
+fn mend_here() {
     if !matches!(stage(), Stage::None | Stage::Working | Stage::Mended) {
         // A real at-fork child in which another library's handler came here before ours.
         become_child(true);
-    } else {
-        // Turned off, no child is told, and every one may be a real one.
-        if is_off() { &STATE.dirty } else { &STATE.bypassed }.store(true, Relaxed);
-        take_over(true);
-        abandon_hooks();
-        if let Some(s) = seated() {
-            s.set_entered(false);
-        }
+        return;
     }
-    alive.store(HERE, Release);
-    forget_told();
-    sys_signals::set_mask(&mask);
+    // Turned off, no child is told, and every one may be a real one.
+    if is_off() { &STATE.dirty } else { &STATE.bypassed }.store(true, Relaxed);
+    take_over(true);
+    abandon_hooks();
+    if let Some(s) = seated() {
+        s.set_entered(false);
+    }
 }
 
 /// The mark is set: the number has served. A bypass child in a PID namespace of its own may have the same one.

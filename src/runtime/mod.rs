@@ -109,6 +109,8 @@ static NOT_STARTED: AtomicU32 = AtomicU32::new(0);
 static UNWIPED: AtomicU32 = AtomicU32::new(1);
 const HERE: u32 = 1;
 const MENDING: u32 = 2;
+/// Mended by a thread that was begun in the child; what the child's first thread has is not known until it comes itself.
+const FIRST_AWAY: u32 = 3;
 
 /// Counters for `stats`. Copied to children, who set them to 0.
 #[derive(Debug)]
