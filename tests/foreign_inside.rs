@@ -7,8 +7,8 @@ mod drive;
 mod handlers;
 
 use carefork::{
-    CareFd, ForkError, ForkOptions, ForkReplacement, Hook, Mutex, lineage, no_forking, postfork_child_noexec, register,
-    set_fork_replacement, stats, try_no_forking,
+    CareFd, ForkError, ForkOptions, ForkReplacement, Hook, Mutex, fork_generation, lineage, no_forking,
+    postfork_child_noexec, register, set_foreign_budget, set_fork_replacement, stats, try_no_forking,
 };
 use common::{Setup, Verdict, can_change_user, check, isolated, isolated_with, raw, reap, seccomp_refuse, status_here};
 use drive::{
@@ -20,6 +20,7 @@ use std::fs::File;
 use std::sync::Barrier;
 use std::sync::atomic::{AtomicBool, AtomicI32, AtomicU32, AtomicUsize, Ordering::SeqCst};
 use std::thread;
+use std::time::Duration;
 
 static MADE: AtomicU32 = AtomicU32::new(0);
 static UNDONE: AtomicU32 = AtomicU32::new(0);
@@ -256,6 +257,45 @@ fn three_forks_inside_each_other() {
         assert_eq!(INNER.load(SeqCst), 3);
         assert_eq!((stats().forks, stats().foreign, stats().dirty), (2, 2, 0));
         assert!(no_child_left() && try_no_forking().is_some());
+    });
+}
+
+// -- a signal inside a fork
+
+/// No handler runs in a child before it is one: a dirty fork's has its signals as they were, and each first write to a page is an
+/// occasion.
+#[test]
+fn a_signal_in_a_dirty_childs_first_steps() {
+    static AFTER: AtomicI32 = AtomicI32::new(0);
+    static OLD: AtomicU32 = AtomicU32::new(0);
+    extern "C" fn on_alarm(_: i32) {
+        if fork_generation() != 1 {
+            OLD.fetch_add(1, SeqCst);
+        }
+    }
+    fn alarm() {
+        let once = libc::timeval { tv_sec: 0, tv_usec: AFTER.load(SeqCst).into() };
+        let timer = libc::itimerval { it_interval: libc::timeval { tv_sec: 0, tv_usec: 0 }, it_value: once };
+        // SAFETY: a whole description; the old one is not asked for.
+        unsafe { libc::setitimer(libc::ITIMER_REAL, &raw const timer, std::ptr::null_mut()) };
+    }
+    isolated("a_signal_in_a_dirty_childs_first_steps", 60, || {
+        let handler = on_alarm as extern "C" fn(i32);
+        // SAFETY: the handler reads a number and counts.
+        unsafe { libc::signal(libc::SIGALRM, handler as libc::sighandler_t) };
+        let busy = inside("busy");
+        set_foreign_budget(Some(Duration::ZERO));
+        early([nothing, nothing, alarm]);
+        for after in (1..60).cycle().take(1200) {
+            AFTER.store(after, SeqCst);
+            let pid = foreign(|| {
+                check(1, lineage().dirty && OLD.load(SeqCst) == 0);
+                check(2, fork_generation() == 1);
+                0
+            });
+            assert_eq!(reap(pid, SOON), Verdict::Exited(0), "after {after} us");
+        }
+        drop(busy);
     });
 }
 

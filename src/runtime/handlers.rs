@@ -372,6 +372,17 @@ pub(super) extern "C" fn on_child() {
         close_at_fork();
         return;
     }
+    // Behind a clean fork they are blocked. A handler in the middle of this would take the child for one that nobody told.
+    let open = seated().is_none_or(|me| !me.passage.has_mask());
+    let mask = open.then(sys::block_all);
+    child_is_told();
+    if let Some(mask) = mask {
+        sys::set_mask(&mask);
+    }
+}
+
+#[inline(always)]
+fn child_is_told() {
     if let Some(me) = seated()
         && me.passage.nested.replace(0) > 0
     {
