@@ -54,14 +54,14 @@ pub(crate) fn bypassed() -> bool {
 
 #[cold]
 pub(super) fn mend(alive: &AtomicU32) {
-    if was_told() && alive.compare_exchange(0, HERE, AcqRel, Acquire).is_ok() {
-        // Only the mark was missing.
-        forget_told();
-        return;
-    }
     // The child's first thread is the one that the fork copied, seat and all.
     let first = sys::gettid() == sys::getpid();
     if alive.load(Acquire) == FIRST_AWAY && !first {
+        return;
+    }
+    if was_told() && alive.compare_exchange(0, HERE, AcqRel, Acquire).is_ok() {
+        // Only the mark was missing.
+        forget_told();
         return;
     }
     // A handler that came here in the middle would wait for the thread that it has interrupted.

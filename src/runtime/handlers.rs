@@ -159,14 +159,17 @@ pub(super) extern "C" fn on_prepare() {
     let errno = sys::errno();
     // No memory for a seat: the child finds no stage, and is dirty.
     let Some(me) = try_me() else { return };
-    // SAFETY: this thread's own seat, and one handler at a time is at work on it: what comes back here meanwhile, from a hook, sees
-    // the stage.
-    let Some(collected) = (unsafe { collected(me) }) else { return };
     let passage = &me.passage;
+    // First: a signal handler that forks in the middle of this, or a hook, sees that a handler is at work.
+    passage.stage.set(Stage::Working);
+    // SAFETY: this thread's own seat, and one handler at a time is at work on it (the stage).
+    let Some(collected) = (unsafe { collected(me) }) else {
+        passage.stage.set(Stage::None);
+        return;
+    };
     passage.undecided.set(false);
     passage.errno.set(errno);
     passage.errno_at.set(sys::errno_place());
-    passage.stage.set(Stage::Working);
     // In the child nobody comes back to it: `take_over` forgets what the seat names.
     let inner = is_inner(me).then(|| me.request.swap(std::ptr::null_mut(), Relaxed));
     passage.outer.set(inner.unwrap_or(std::ptr::null_mut()));
