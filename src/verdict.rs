@@ -41,8 +41,9 @@ pub(crate) fn commit(word: &AtomicU32, shut: u32) -> bool {
 /// By a waiter that is about to reopen the gate.
 pub(crate) fn late(word: &AtomicU32, shut: u32) {
     let mut seen = word.load(Acquire);
-    // A slow waiter leaves the word of a later fork alone.
-    while seen != says(shut, WHOLE) && (seen & !STATE).wrapping_sub(shut & !STATE).cast_signed() <= 0 {
+    // A slow waiter leaves the word of a later fork alone. A new page's zero is nobody's, however far the gate's word has come by then.
+    let is_later = |seen: u32| seen != 0 && (seen & !STATE).wrapping_sub(shut & !STATE).cast_signed() > 0;
+    while seen != says(shut, WHOLE) && !is_later(seen) {
         match word.compare_exchange(seen, says(shut, LATE), AcqRel, Acquire) {
             Ok(_) => return,
             Err(now) => seen = now,
@@ -57,5 +58,51 @@ pub(crate) fn settle(word: &AtomicU32, shut: u32) -> Option<bool> {
         Err(seen) if seen == says(shut, WHOLE) => Some(true),
         Err(seen) if seen == says(shut, LATE) => Some(false),
         Err(_) => None,
+    }
+}
+
+#[cfg(all(test, not(loom)))]
+mod tests {
+    use super::*;
+    use std::sync::atomic::Ordering::Relaxed;
+
+    /// The gate's words of shuttings all along their range, which wraps.
+    const FORKS: [u32; 6] = [7, 0x3FFF_FFFF, 0x7FFF_FFFF, 0x8000_0007, 0xC000_000F, 0xFFFF_FFFF];
+
+    #[test]
+    fn a_waiter_is_first_in_a_page_that_is_new() {
+        for shut in FORKS {
+            let word = AtomicU32::new(0);
+            late(&word, shut);
+            assert!(!commit(&word, shut), "{shut:#x}");
+            assert_eq!(settle(&word, shut), Some(false));
+        }
+    }
+
+    #[test]
+    fn whoever_says_it_first_is_believed() {
+        for shut in FORKS {
+            let word = AtomicU32::new(says(shut.wrapping_sub(8192), WHOLE));
+            assert!(commit(&word, shut));
+            assert_eq!(settle(&word, shut), Some(true));
+            late(&word, shut);
+            assert_eq!(settle(&word, shut), Some(true));
+
+            assert!(commit(&word, shut.wrapping_add(8192)));
+            late(&word, shut.wrapping_add(8192));
+            assert_eq!(settle(&word, shut.wrapping_add(8192)), Some(false));
+            assert_eq!(settle(&word, shut), None);
+        }
+    }
+
+    #[test]
+    fn a_slow_waiter_leaves_a_later_fork_alone() {
+        for shut in FORKS {
+            let later = shut.wrapping_add(8192);
+            let word = AtomicU32::new(0);
+            assert!(commit(&word, later));
+            late(&word, shut);
+            assert_eq!(word.load(Relaxed), says(later, PENDING));
+        }
     }
 }
