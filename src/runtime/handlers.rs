@@ -377,10 +377,10 @@ pub(super) extern "C" fn on_child() {
     }
     // Behind a clean fork they are blocked. A handler in the middle of this would take the child for one that nobody told.
     let open = seated().is_none_or(|me| !me.passage.has_mask());
-    let mask = open.then(sys::block_all);
+    let mask = open.then(sys_signals::block_all);
     child_is_told();
     if let Some(mask) = mask {
-        sys::set_mask(&mask);
+        sys_signals::set_mask(&mask);
     }
 }
 
