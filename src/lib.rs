@@ -43,6 +43,7 @@ mod sync;
 mod durations;
 mod verdict;
 mod passage;
+mod seat;
 mod gate;
 mod prepare;
 mod hook_list;

@@ -23,6 +23,8 @@ pub mod hook_list;
 pub mod passage;
 #[path = "../../src/prepare.rs"]
 pub mod prepare;
+#[path = "../../src/seat.rs"]
+pub mod seat;
 #[path = "../../src/verdict.rs"]
 pub mod verdict;
 

@@ -3,6 +3,8 @@
 //! A module of gate.rs, where the fields can be seen.
 
 use super::*;
+use crate::passage::Passage;
+use crate::sync::AtomicPtr;
 
 impl Slot {
     /// A taken seat.
