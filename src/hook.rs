@@ -11,7 +11,16 @@ use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU32, Ordering};
 
-type Call = Box<dyn Fn() + Send + Sync>;
+/// What a hook does after the fork, or where there was none.
+pub(crate) trait Call: Send + Sync {
+    fn call(&self);
+}
+
+impl<F: Fn() + Send + Sync> Call for F {
+    fn call(&self) {
+        self();
+    }
+}
 
 /// Why a hook does not want a fork to happen; made from text.
 ///
@@ -160,8 +169,8 @@ pub struct Hook {
 #[repr(C)]
 pub(crate) struct Calls {
     // What both sides call after a fork lies by the list's own words for the way back.
-    child: Option<Call>,
-    parent: Option<Call>,
+    child: Option<Box<dyn Call>>,
+    parent: Option<Box<dyn Call>>,
     prepare: Option<Box<dyn Prepare>>,
     pub(crate) name: &'static str,
     /// Most hooks have nothing of it.
@@ -170,7 +179,7 @@ pub(crate) struct Calls {
 
 #[derive(Default)]
 struct Rare {
-    undo: Option<Call>,
+    undo: Option<Box<dyn Call>>,
     /// Shared, so that a clean-up can run it without the list.
     cleanup: Option<Arc<dyn Fn() + Send + Sync>>,
     waited: Option<Waited>,
@@ -237,6 +246,12 @@ impl Hook {
         self
     }
 
+    /// As `child`, for a function that lies with the rest of what every child runs.
+    pub(crate) fn child_by(mut self, call: impl Call + 'static) -> Self {
+        self.calls.child = Some(Box::new(call));
+        self
+    }
+
     /// Runs in a child that goes on without exec, as part of its clean-up; there it may allocate and start threads.
     pub fn cleanup(mut self, f: impl Fn() + Send + Sync + 'static) -> Self {
         self.calls.rare().cleanup = Some(Arc::new(f));
@@ -251,7 +266,7 @@ impl Hook {
     }
 
     /// `f`; for the hook of a foreign lock, then its release, also where `f` panics.
-    fn and_let_go(&self, f: impl Fn() + Send + Sync + 'static, release: fn(&dyn Foreign)) -> Call {
+    fn and_let_go(&self, f: impl Fn() + Send + Sync + 'static, release: fn(&dyn Foreign)) -> Box<dyn Call> {
         match self.calls.lock() {
             Some(lock) => {
                 let lock = Arc::clone(lock);
@@ -457,7 +472,7 @@ pub(crate) fn call(hook: &Calls, phase: Phase) -> bool {
         Phase::Child => hook.child.as_ref(),
     };
     if let Some(f) = f
-        && let Err(payload) = catch_unwind(AssertUnwindSafe(f))
+        && let Err(payload) = catch_unwind(AssertUnwindSafe(|| f.call()))
     {
         return panicked(hook.name, phase, payload);
     }

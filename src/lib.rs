@@ -53,6 +53,7 @@ mod verdict_page;
 mod chunks;
 mod slots;
 mod print_wait;
+mod streams;
 mod error;
 // register
 mod hook;

@@ -92,6 +92,7 @@ impl SlotTable {
 
     /// In a child, where only the owner of `me` lives on: the others' seats are given back or, where their regions may
     /// have been cut off, become ghosts.
+    #[unsafe(link_section = ".text_carefork")]
     pub(crate) fn keep_only(&self, me: Option<&Slot>, ghosts: bool) {
         self.each(|s| {
             if me.is_some_and(|m| std::ptr::eq(m, s)) {

@@ -33,15 +33,13 @@
 #[cfg(doc)]
 use crate::Culprits;
 use crate::error::Text;
-use crate::hook::{self, Hook};
+use crate::hook::{self, Call, Hook};
 use crate::registration::{self, Registration};
 use crate::{clock, print_wait, region, runtime, sys};
-use std::cell::{Cell, UnsafeCell};
-use std::io::{self, StderrLock, StdoutLock, Write};
-use std::mem::ManuallyDrop;
+use std::io::{self, StdoutLock, Write};
 use std::panic::{self, PanicHookInfo};
+use std::sync::Once;
 use std::sync::atomic::{AtomicBool, Ordering::Relaxed};
-use std::sync::{Arc, Once};
 
 pub use crate::print_wait::{Stream, Waiting};
 
@@ -74,14 +72,12 @@ pub fn guard() -> Registration {
         drop(io::stderr().lock());
     }
     panics_by_write();
-    let streams = Arc::new(Streams { held: UnsafeCell::new(None), unflushed: Cell::new(false) });
-    let (in_parent, in_child) = (Arc::clone(&streams), Arc::clone(&streams));
     registration::register(
         Hook::new(print_wait::HOOK)
             .rank(i32::MAX)
-            .prepare(move || streams.take())
-            .parent(move || in_parent.release())
-            .child(move || in_child.release_in_child()),
+            .prepare(|| runtime::streams().take(runtime::me().tid.load(Relaxed), clock::now))
+            .parent(|| runtime::streams().release())
+            .child_by(ReleaseInChild),
     )
 }
 
@@ -100,59 +96,26 @@ pub fn guard() -> Registration {
 pub fn waiting() -> Option<Waiting> {
     // A child's copy may tell of a thread that it does not have.
     runtime::generation();
-    runtime::print_wait().look(clock::now())
+    runtime::streams().wait.look(clock::now())
 }
 
-type Held = (StdoutLock<'static>, StderrLock<'static>);
+struct ReleaseInChild;
 
-struct Streams {
-    /// Not dropped with it, because a child leaves it as it finds it: taking it out would copy this page.
-    held: UnsafeCell<Option<ManuallyDrop<Held>>>,
-    /// Something may be in the buffer still.
-    unflushed: Cell<bool>,
-}
-
-// SAFETY: used by the hook's functions only, which the holder of the gate's role runs, one thread at a time; no lock is in it
-// outside a fork, so none can be dropped by another thread.
-unsafe impl Send for Streams {}
-// SAFETY: as above.
-unsafe impl Sync for Streams {}
-
-impl Streams {
-    /// Waits for whoever prints. Allocates nothing: std's locks live in its statics, the buffer is there.
-    fn take(&self) {
-        let wait = runtime::print_wait().begin(sys::gettid(), Stream::Output, clock::now());
-        let mut out = io::stdout().lock();
-        // An error is a stream that takes nothing more; what is left in the buffer is as if there had been no room.
-        self.unflushed.set(!sys::takes_now(libc::STDOUT_FILENO) || out.flush().is_err());
-        wait.goes_on(Stream::Error, clock::now());
-        let err = io::stderr().lock();
-        wait.ends(clock::now());
-        // SAFETY: see `Sync`; no reference into the cell outlives a statement.
-        unsafe { *self.held.get() = Some(ManuallyDrop::new((out, err))) };
-    }
-
-    fn release(&self) {
-        // SAFETY: as in `take`.
-        let held = unsafe { &mut *self.held.get() }.take();
-        if let Some((out, err)) = held.map(ManuallyDrop::into_inner) {
-            drop(err);
-            drop(out);
-        }
-    }
-
-    fn release_in_child(&self) {
-        // SAFETY: as in `take`. A child's function runs once for each prepare, which puts new ones there before anybody looks again.
-        let Some((mut out, err)) = (unsafe { self.held.get().read() }).map(ManuallyDrop::into_inner) else { return };
-        if self.unflushed.get() {
-            self.unflushed.set(false);
-            let thrown = sys::divert(libc::STDOUT_FILENO, || drop(out.flush()));
-            say_unflushed(thrown.ok());
-        }
-        drop(err);
-        drop(out);
+impl Call for ReleaseInChild {
+    // With the rest of what every child runs: no page of code of its own.
+    #[unsafe(link_section = ".text_carefork")]
+    fn call(&self) {
+        runtime::streams().release_in_child(throw_away);
         runtime::streams_are_free();
     }
+}
+
+/// Apart, for its buffers.
+#[cold]
+#[inline(never)]
+fn throw_away(out: &mut StdoutLock<'static>) {
+    let thrown = sys::divert(libc::STDOUT_FILENO, || drop(out.flush()));
+    say_unflushed(thrown.ok());
 }
 
 fn say_unflushed(thrown: Option<usize>) {

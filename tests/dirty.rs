@@ -449,6 +449,42 @@ fn a_dirty_child_finds_no_lock_held_by_another_fork() {
     });
 }
 
+/// The same for std's streams, which a plain fork would have found free.
+#[test]
+fn a_dirty_child_prints_while_another_fork_has_the_streams() {
+    static LET_GO: AtomicBool = AtomicBool::new(false);
+    isolated("a_dirty_child_prints_while_another_fork_has_the_streams", 60, || {
+        static REACHED: AtomicBool = AtomicBool::new(false);
+        // Among hooks of one rank the newest prepares first.
+        let _slow = register(Hook::new("slow").rank(i32::MAX).prepare(|| {
+            REACHED.store(true, SeqCst);
+            until(|| LET_GO.load(SeqCst));
+        }));
+        let _streams = [carefork::stdio::guard(), carefork::stdio::guard()];
+        let print = || {
+            drop(std::io::stdout().lock());
+            drop(std::io::stderr().lock());
+        };
+        set_foreign_budget(Some(Duration::ZERO));
+        thread::scope(|s| {
+            let _let_go = Stop(&LET_GO);
+            let forks = fork_with_time(s);
+            until(|| REACHED.load(SeqCst));
+            ends_well(foreign(|| {
+                check(1, lineage().dirty);
+                print();
+                // They are taken and let go of by the child's own forks.
+                LET_GO.store(true, SeqCst);
+                ends_well(Kind::Coordinated.fork(|| i32::from(thread::spawn(print).join().is_err())));
+                i32::from(thread::spawn(print).join().is_err())
+            }));
+            LET_GO.store(true, SeqCst);
+            drop(forks.join());
+        });
+        thread::spawn(print).join().expect("free in the parent");
+    });
+}
+
 fn fork_with_time<'s>(s: &'s thread::Scope<'s, '_>) -> thread::ScopedJoinHandle<'s, ()> {
     s.spawn(|| ends_well(fork_with(&ForkOptions::new().timeout_never(), || 0).expect("no budget")))
 }

@@ -154,7 +154,7 @@ pub(super) fn take_over(ghosts: bool) {
     }
     let Waited { turn, regions, hooks, fork } = &STATE.waited;
     [turn, regions, hooks, fork].into_iter().for_each(Clocked::reset);
-    STATE.print_wait.clear();
+    STATE.streams.wait.clear();
     grow_up();
 }
 

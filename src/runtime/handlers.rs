@@ -98,7 +98,7 @@ impl Steps for Handlers<'_> {
             }
             step
         });
-        if STATE.print_wait.take_long() {
+        if STATE.streams.wait.take_long() {
             // Where the budget ends before the fork, this is what has used it up.
             self.report.hook = Some(print_wait::HOOK);
         }
@@ -130,6 +130,7 @@ impl Steps for Handlers<'_> {
 pub(super) fn abandon_hooks() {
     STATE.hooks.reset();
     STATE.hooks.each_linked(Calls::abandon);
+    STATE.streams.abandon();
 }
 
 #[unsafe(link_section = ".text_carefork")]
@@ -268,7 +269,7 @@ fn prepare_foreign(me: &Slot, collected: &mut Collected) {
 /// begun is not to blame.
 fn look_for_print_wait(outcome: Outcome, report: &mut Report) {
     if outcome == Outcome::Busy {
-        let waiting = STATE.print_wait.look(clock::now());
+        let waiting = STATE.streams.wait.look(clock::now());
         report.print_wait = waiting.filter(|w| w.waited >= Duration::from_nanos(print_wait::LONG));
     }
 }
@@ -307,7 +308,11 @@ pub(super) extern "C" fn on_parent() {
         me.request.store(outer, Relaxed);
         me.set_entered(true);
     }
-    leave_errno(passage, if errno == UNTOUCHED { passage.errno.get() } else { errno });
+    // A coordinated fork leaves it there, since no errno is promised after a call that did not fail: in the parent errno may be all that is
+    // written on its page.
+    if errno != UNTOUCHED || !coordinated {
+        leave_errno(passage, if errno == UNTOUCHED { passage.errno.get() } else { errno });
+    }
 }
 
 /// What the prepare handler leaves in errno, and what is still there if libc's fork made a child and nobody else's handler, on the way

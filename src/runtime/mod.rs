@@ -14,8 +14,9 @@ use crate::hook::{self, Calls, Phase};
 use crate::hook_list::{HookList, Step};
 use crate::passage::{Passage, Stage};
 use crate::prepare::{self, Hooks, How, Outcome, Plan, Steps, Wait};
-use crate::print_wait::{self, WaitWord};
+use crate::print_wait;
 use crate::slots::SlotTable;
+use crate::streams::Streams;
 use crate::{clock, sys, sys_copies, sys_signals};
 use std::cell::{Cell, UnsafeCell};
 use std::mem::ManuallyDrop;
@@ -67,7 +68,7 @@ struct State {
     foreign_budget: AtomicU64,
     count: Counters,
     waited: Waited,
-    print_wait: WaitWord,
+    streams: Streams,
     streams_free_in: AtomicU64,
     gate: Gate<SlotTable>,
 }
@@ -99,7 +100,7 @@ static STATE: State = State {
         programs: AtomicU64::new(0),
     },
     waited: Waited { turn: Clocked::new(), regions: Clocked::new(), hooks: Clocked::new(), fork: Clocked::new() },
-    print_wait: WaitWord::new(),
+    streams: Streams::new(),
     streams_free_in: AtomicU64::new(0),
     gate: Gate::new(SlotTable::new()),
 };
@@ -159,9 +160,10 @@ pub(crate) fn waited() -> &'static Waited {
     &STATE.waited
 }
 
-/// Which fork waits for std's streams.
-pub(crate) fn print_wait() -> &'static WaitWord {
-    &STATE.print_wait
+/// std's streams, and which fork waits for them.
+#[inline(always)]
+pub(crate) fn streams() -> &'static Streams {
+    &STATE.streams
 }
 
 /// True for the first to ask in this process.
