@@ -11,7 +11,7 @@ use carefork::{
     ForkError, ForkOptions, Hook, fork_generation, lineage, no_forking, register, set_foreign_budget, stats,
     try_no_forking,
 };
-use common::{Rng, Verdict, check, isolated, raw, reap, seccomp_refuse};
+use common::{Rng, Verdict, check, isolated, raw, reap, refuse_forks};
 use drive::{
     BOTH, Kind, MS, SOON, Stop, coordinated, foreign, fork_with, freeze, no_child_left, run_clock, until, until_shut,
 };
@@ -90,7 +90,7 @@ fn a_child_that_is_thrown_away_does_nothing() {
 #[test]
 fn a_failed_fork_undoes() {
     isolated("a_failed_fork_undoes", 30, || {
-        seccomp_refuse(&[(libc::SYS_clone, libc::ENOMEM), (libc::SYS_fork, libc::ENOMEM)]).expect("a filter");
+        refuse_forks(libc::ENOMEM).expect("a filter");
         both_with_locks();
         let _hook = register(
             Hook::new("h").prepare(|| note(b'H')).parent(|| note(b'h')).child(|| note(b'2')).undo(|| note(b'u')),

@@ -10,7 +10,7 @@ use carefork::{
     CareFd, ForkError, ForkOptions, ForkReplacement, Hook, Mutex, fork_generation, lineage, no_forking,
     postfork_child_noexec, register, set_foreign_budget, set_fork_replacement, stats, try_no_forking,
 };
-use common::{Setup, Verdict, can_change_user, check, isolated, isolated_with, raw, reap, seccomp_refuse, status_here};
+use common::{Setup, Verdict, can_change_user, check, isolated, isolated_with, raw, reap, refuse_forks, status_here};
 use drive::{
     BOTH, Kind, MS, SOON, block, coordinated, foreign, fork_with, freeze, gettid, inside, no_child_left, run_clock,
     until, until_shut,
@@ -78,7 +78,7 @@ fn a_coordinated_fork_that_was_made_is_never_undone() {
 #[test]
 fn a_coordinated_fork_that_failed_is_always_undone() {
     isolated("a_coordinated_fork_that_failed_is_always_undone", 30, || {
-        seccomp_refuse(&[(libc::SYS_clone, libc::ENOMEM), (libc::SYS_fork, libc::ENOMEM)]).expect("a filter");
+        refuse_forks(libc::ENOMEM).expect("a filter");
         let _hook = register(counting());
         early([nothing, leaves_errno, nothing]);
         let mask = blocked();
@@ -112,7 +112,7 @@ fn a_foreign_fork_is_told_apart_where_handlers_leave_errno_alone() {
         assert_eq!(reap(foreign(|| 0), SOON), Verdict::Exited(0));
         assert_eq!(ends(), (1, 0));
         early([nothing, nothing, nothing]);
-        seccomp_refuse(&[(libc::SYS_clone, libc::EAGAIN), (libc::SYS_fork, libc::EAGAIN)]).expect("a filter");
+        refuse_forks(libc::EAGAIN).expect("a filter");
         assert_eq!((foreign(|| 1), raw::errno(), ends()), (-1, libc::EAGAIN, (0, 1)));
     });
 }

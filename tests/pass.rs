@@ -289,7 +289,14 @@ fn wait_until_asleep(tid: &AtomicU32) {
     loop {
         let call = std::fs::read_to_string(format!("/proc/self/task/{}/syscall", tid.load(SeqCst))).unwrap_or_default();
         let number = call.split(' ').next().and_then(|n| n.parse().ok());
-        if [libc::SYS_poll, libc::SYS_ppoll, libc::SYS_recvmsg, libc::SYS_sendmsg].map(Some).contains(&number) {
+        let asleep_in = [
+            #[cfg(target_arch = "x86_64")]
+            libc::SYS_poll,
+            libc::SYS_ppoll,
+            libc::SYS_recvmsg,
+            libc::SYS_sendmsg,
+        ];
+        if number.is_some_and(|n| asleep_in.contains(&n)) {
             return;
         }
         thread::yield_now();

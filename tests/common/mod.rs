@@ -55,5 +55,5 @@ pub use guard_alloc::ForkGuardAlloc;
 pub use isolate::{Outcome, Setup, can_change_user, isolated, isolated_with, run_isolated};
 pub use proc::{FdList, Status, fds_of, self_fds, status_here, status_of, thread_count};
 pub use rng::Rng;
-pub use seccomp::{Refuse, seccomp_refuse};
+pub use seccomp::{Refuse, refuse_forks, seccomp_refuse};
 pub use strace::{Syscall, between, count_syscalls, strace_mark};

@@ -38,6 +38,16 @@ pub fn seccomp_refuse(refuse: &[(libc::c_long, i32)]) -> io::Result<()> {
     unsafe { filter.install() }.map_err(io::Error::from_raw_os_error)
 }
 
+/// Refuses glibc's and musl's `fork()` with this errno. Threads start, by `clone3`.
+pub fn refuse_forks(errno: i32) -> io::Result<()> {
+    seccomp_refuse(&[
+        (libc::SYS_clone, errno),
+        // musl's, where there is such a call.
+        #[cfg(target_arch = "x86_64")]
+        (libc::SYS_fork, errno),
+    ])
+}
+
 /// A filter made ready, to be installed where nothing may be allocated.
 pub struct Filter(Vec<libc::sock_filter>);
 

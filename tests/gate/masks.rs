@@ -1,6 +1,6 @@
 //! What a fork leaves of the signal mask and errno, and where signals are handled meanwhile (G8).
 
-use crate::common::{check, isolated, raw, seccomp_refuse};
+use crate::common::{check, isolated, raw, refuse_forks};
 use crate::drive::{
     BOTH, MS, Stop, block, coordinated, foreign, fork_with, freeze, gettid, inside, no_child_left, on_signal,
     run_clock, signal_thread, until, until_shut,
@@ -62,7 +62,7 @@ fn the_mask_comes_back_exactly() {
         is_back("a fork that waited");
         drop(clock);
 
-        seccomp_refuse(&[(libc::SYS_clone, libc::EAGAIN), (libc::SYS_fork, libc::EAGAIN)]).expect("a filter");
+        refuse_forks(libc::EAGAIN).expect("a filter");
         let Err(ForkError::Os(error)) = coordinated(|| 1) else { panic!("it cannot succeed") };
         assert_eq!(error.raw_os_error(), Some(libc::EAGAIN));
         is_back("a failed fork");
