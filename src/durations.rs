@@ -1,6 +1,9 @@
 //! How long things took, in buckets that the handlers of a fork can write: no allocation, no lock (D1).
 
-use std::sync::atomic::{AtomicU32, AtomicU64, Ordering::Relaxed};
+use std::sync::atomic::{
+    AtomicU32, AtomicU64,
+    Ordering::{Acquire, Relaxed, Release},
+};
 use std::time::Duration;
 
 /// Bucket k counts what took less than 2^k ns and no less than half of that; the last one all that took longer, from 9 minutes on.
@@ -9,6 +12,8 @@ const BUCKETS: usize = 40;
 /// Written by one thread at a time, the holder of the gate's role; read by anybody at any time.
 #[derive(Debug)]
 pub(crate) struct Clocked {
+    /// The generation that all of it is of: a child need not write to begin anew.
+    counted_in: AtomicU32,
     buckets: [AtomicU32; BUCKETS],
     total: AtomicU64,
     longest: AtomicU64,
@@ -16,11 +21,19 @@ pub(crate) struct Clocked {
 
 impl Clocked {
     pub(crate) const fn new() -> Self {
-        Self { buckets: [const { AtomicU32::new(0) }; BUCKETS], total: AtomicU64::new(0), longest: AtomicU64::new(0) }
+        Self {
+            counted_in: AtomicU32::new(0),
+            buckets: [const { AtomicU32::new(0) }; BUCKETS],
+            total: AtomicU64::new(0),
+            longest: AtomicU64::new(0),
+        }
     }
 
-    /// One that took `ns`. Async-signal-safe.
-    pub(crate) fn note(&self, ns: u64) {
+    /// One that took `ns`, in the process of that generation. Async-signal-safe.
+    pub(crate) fn note(&self, ns: u64, generation: u32) {
+        if self.counted_in.load(Relaxed) != generation {
+            self.begin(generation);
+        }
         let bucket = &self.buckets[((u64::BITS - ns.leading_zeros()) as usize).min(BUCKETS - 1)];
         // One writer: no read-modify-write needed.
         bucket.store(bucket.load(Relaxed).wrapping_add(1), Relaxed);
@@ -30,14 +43,20 @@ impl Clocked {
         }
     }
 
-    /// In a child. Async-signal-safe.
-    pub(crate) fn reset(&self) {
+    #[cold]
+    fn begin(&self, generation: u32) {
         self.buckets.iter().for_each(|b| b.store(0, Relaxed));
         self.total.store(0, Relaxed);
         self.longest.store(0, Relaxed);
+        // Pairs with the Acquire in `read`: who finds the generation finds nothing of another.
+        self.counted_in.store(generation, Release);
     }
 
-    pub(crate) fn read(&self) -> Durations {
+    /// What was noted in the process of that generation.
+    pub(crate) fn read(&self, generation: u32) -> Durations {
+        if self.counted_in.load(Acquire) != generation {
+            return Durations::default();
+        }
         let buckets = self.buckets.each_ref().map(|b| u64::from(b.load(Relaxed)));
         let count: u64 = buckets.iter().sum();
         let longest = self.longest.load(Relaxed);
@@ -88,8 +107,8 @@ mod tests {
 
     fn of(all: &[u64]) -> Durations {
         let clocked = Clocked::new();
-        all.iter().for_each(|&ns| clocked.note(ns));
-        clocked.read()
+        all.iter().for_each(|&ns| clocked.note(ns, 0));
+        clocked.read(0)
     }
 
     #[test]
@@ -119,10 +138,11 @@ mod tests {
     }
 
     #[test]
-    fn reset_forgets_all() {
+    fn a_child_begins_anew() {
         let clocked = Clocked::new();
-        clocked.note(5);
-        clocked.reset();
-        assert_eq!(clocked.read(), Durations::default());
+        clocked.note(5, 0);
+        assert_eq!(clocked.read(1), Durations::default());
+        clocked.note(7, 1);
+        assert_eq!((clocked.read(1).count, clocked.read(1).longest), (1, Duration::from_nanos(7)));
     }
 }

@@ -9,7 +9,7 @@ use std::borrow::Cow;
 use std::fmt;
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, AtomicU32, Ordering};
+use std::sync::atomic::{AtomicBool, Ordering};
 
 /// What a hook does after the fork, or where there was none.
 pub(crate) trait Call: Send + Sync {
@@ -182,14 +182,8 @@ struct Rare {
     undo: Option<Box<dyn Call>>,
     /// Shared, so that a clean-up can run it without the list.
     cleanup: Option<Arc<dyn Fn() + Send + Sync>>,
-    waited: Option<Waited>,
-}
-
-/// What its prepare took, where that was worth a page that the fork would copy; of the generation `counted_in`. A child need not
-/// copy that page to begin anew.
-struct Waited {
-    clocked: Clocked,
-    counted_in: AtomicU32,
+    /// What its prepare took, where that was worth a page that the fork would copy.
+    waited: Option<Clocked>,
 }
 
 impl fmt::Debug for Hook {
@@ -282,7 +276,7 @@ impl Hook {
     /// What the list keeps of it, and its rank. With `timed`, there is room to note what its prepare takes.
     pub(crate) fn into_calls(mut self, timed: bool) -> (i32, Calls) {
         if timed {
-            self.calls.rare().waited = Some(Waited { clocked: Clocked::new(), counted_in: AtomicU32::new(0) });
+            self.calls.rare().waited = Some(Clocked::new());
         }
         (self.rank, self.calls)
     }
@@ -301,7 +295,7 @@ impl Calls {
         self.rare.as_ref()?.cleanup.as_ref()
     }
 
-    fn waited_place(&self) -> Option<&Waited> {
+    fn waited_place(&self) -> Option<&Clocked> {
         self.rare.as_ref()?.waited.as_ref()
     }
 
@@ -325,19 +319,15 @@ impl Calls {
     /// By the role's holder, in the process of that generation.
     pub(crate) fn took(&self, ns: u64, generation: u32) {
         if ns >= WORTH_NOTING
-            && let Some(Waited { clocked, counted_in }) = self.waited_place()
+            && let Some(waited) = self.waited_place()
         {
-            if counted_in.swap(generation, Ordering::Relaxed) != generation {
-                clocked.reset();
-            }
-            clocked.note(ns);
+            waited.note(ns, generation);
         }
     }
 
-    /// What its prepare took in this process, whose generation that is. As `took`.
+    /// What its prepare took in this process, whose generation that is.
     pub(crate) fn waited(&self, generation: u32) -> Durations {
-        let here = self.waited_place().filter(|w| w.counted_in.load(Ordering::Relaxed) == generation);
-        here.map_or_else(Durations::default, |w| w.clocked.read())
+        self.waited_place().map_or_else(Durations::default, |waited| waited.read(generation))
     }
 }
 

@@ -99,6 +99,7 @@ pub struct Stats {
 /// ```
 pub fn stats() -> Stats {
     runtime::generation();
+    let here = runtime::generation_here();
     Stats {
         forks: count().forks.load(Relaxed),
         foreign: count().foreign.load(Relaxed),
@@ -109,10 +110,10 @@ pub fn stats() -> Stats {
         thrown_away: count().thrown_away.load(Relaxed),
         reopened: gate().reopened.load(Relaxed),
         unreported: count().unreported.load(Relaxed),
-        turns: waited().turn.read(),
-        regions: waited().regions.read(),
-        hooks: waited().hooks.read(),
-        copying: waited().fork.read(),
+        turns: waited().turn.read(here),
+        regions: waited().regions.read(here),
+        hooks: waited().hooks.read(here),
+        copying: waited().fork.read(here),
         programs: count().programs.load(Relaxed),
     }
 }

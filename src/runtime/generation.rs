@@ -152,8 +152,6 @@ pub(super) fn take_over(ghosts: bool) {
     ] {
         c.store(0, Relaxed);
     }
-    let Waited { turn, regions, hooks, fork } = &STATE.waited;
-    [turn, regions, hooks, fork].into_iter().for_each(Clocked::reset);
     STATE.streams.wait.clear();
     grow_up();
 }

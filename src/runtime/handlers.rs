@@ -122,11 +122,13 @@ impl Steps for Handlers<'_> {
             Wait::Regions => &STATE.waited.regions,
             Wait::Hooks => &STATE.waited.hooks,
         }
-        .note(ns);
+        .note(ns, generation_here());
     }
 }
 
-/// In a child whose fork has not prepared the hooks.
+/// In a child whose fork has not prepared the hooks. Apart: most children have no use for the page that its code is on.
+#[cold]
+#[inline(never)]
 pub(super) fn abandon_hooks() {
     STATE.hooks.reset();
     STATE.hooks.each_linked(Calls::abandon);
@@ -334,7 +336,7 @@ fn conclude(me: &Slot, stage: Stage, made: bool) {
     let mut late = false;
     if let Stage::Committed(shut) = stage {
         late = !STATE.gate.settle(shut);
-        STATE.waited.fork.note(clock::now().saturating_sub(passage.begun.get()));
+        STATE.waited.fork.note(clock::now().saturating_sub(passage.begun.get()), generation_here());
         finish_hooks(if made { Phase::Parent } else { Phase::Undo });
         if !STATE.gate.reopen(shut) {
             STATE.gate.was_reopened(shut);
