@@ -16,7 +16,7 @@ use drive::{
     BOTH, Kind, MS, SOON, Stop, coordinated, foreign, fork_with, freeze, no_child_left, run_clock, until, until_shut,
 };
 use handlers::{EARLY_LOCK, LATE_LOCK, both_with_locks, early, late, nothing};
-use std::sync::atomic::{AtomicBool, AtomicU32, AtomicUsize, Ordering::SeqCst};
+use std::sync::atomic::{AtomicBool, AtomicI32, AtomicU32, AtomicUsize, Ordering::SeqCst};
 use std::thread;
 use std::time::Duration;
 
@@ -121,6 +121,32 @@ fn handlers_may_leave_any_errno() {
             let pid = kind.fork(|| 0);
             assert_eq!(order()[..2], *b"h\0", "{kind:?}: a fork that was made is not undone");
             ends_well(pid);
+        }
+    });
+}
+
+/// They are told by it, as carefork's are, whether there is a child.
+#[test]
+fn later_handlers_find_errno_as_libc_leaves_it() {
+    static SEEN: AtomicI32 = AtomicI32::new(0);
+    fn errno() -> *mut i32 {
+        // SAFETY: takes nothing.
+        unsafe { libc::__errno_location() }
+    }
+    fn clear() {
+        // SAFETY: the location is this thread's own.
+        unsafe { *errno() = 0 };
+    }
+    fn look() {
+        // SAFETY: as above.
+        SEEN.store(unsafe { *errno() }, SeqCst);
+    }
+    isolated("later_handlers_find_errno_as_libc_leaves_it", 30, || {
+        late([clear, look, nothing]);
+        for kind in BOTH {
+            SEEN.store(-1, SeqCst);
+            ends_well(kind.fork(|| 0));
+            assert_eq!(SEEN.load(SeqCst), 0, "{kind:?}");
         }
     });
 }

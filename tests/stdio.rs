@@ -381,6 +381,55 @@ fn a_stuck_printer_holds_up_forks_and_nothing_else() {
     });
 }
 
+/// As after a plain fork: of the two locks the stuck thread has the other one.
+#[test]
+fn a_dirty_child_prints_while_a_fork_waits_for_standard_error() {
+    isolated("a_dirty_child_prints_while_a_fork_waits_for_standard_error", 60, || {
+        let _guard = stdio::guard();
+        carefork::set_foreign_budget(Some(Duration::ZERO));
+        thread::scope(|s| {
+            let held = std::io::stderr().lock();
+            s.spawn(|| ends_well(fork_with_time()));
+            until(|| stdio::waiting().is_some_and(|w| w.stream == Stream::Error));
+            let dirty = drive::foreign(|| {
+                check(1, carefork::lineage().dirty);
+                drop(std::io::stdout().lock());
+                0
+            });
+            let verdict = reap(dirty, SOON);
+            drop(held);
+            assert_eq!(verdict, Verdict::Exited(0));
+        });
+    });
+}
+
+fn fork_with_time() -> i32 {
+    drive::fork_with(&ForkOptions::new().timeout_never(), || 0).expect("a child")
+}
+
+/// What a hook prints that prepares after the first of two guards comes once, too.
+#[test]
+fn a_hook_between_two_guards_prints() {
+    isolated("a_hook_between_two_guards_prints", 60, || {
+        let capture = Capture::new();
+        let redirected = capture.on(1);
+        // The newest prepares first.
+        let _outer = stdio::guard();
+        let _between =
+            carefork::register(carefork::Hook::new("between").rank(i32::MAX).prepare(|| print!("<between>")));
+        let _inner = stdio::guard();
+        for kind in BOTH {
+            ends_well(kind.fork(|| {
+                flush();
+                0
+            }));
+        }
+        flush();
+        drop(redirected);
+        assert_eq!(capture.text(), "<between><between>");
+    });
+}
+
 #[test]
 fn a_fork_that_waits_for_standard_error_is_seen() {
     isolated("a_fork_that_waits_for_standard_error_is_seen", 60, || {

@@ -68,6 +68,9 @@ pub(super) fn mend(alive: &AtomicU32) {
     let mask = sys_signals::block_all();
     if alive.compare_exchange(0, MENDING, AcqRel, Acquire).is_ok() {
         mend_here();
+        if first {
+            STATE.streams.abandon();
+        }
         alive.store(if first { HERE } else { FIRST_AWAY }, Release);
         forget_told();
     }
@@ -79,6 +82,7 @@ pub(super) fn mend(alive: &AtomicU32) {
         if let Some(s) = seated() {
             s.tid.store(sys::getpid(), Relaxed);
         }
+        STATE.streams.abandon();
         alive.store(HERE, Release);
     }
     sys_signals::set_mask(&mask);
