@@ -31,7 +31,7 @@ use crate::exec_plan::Plan;
 use crate::fork::Fork;
 use crate::options::ForkOptions;
 use crate::reap::child::Child;
-use crate::reap::known;
+use crate::reap::known::{self, Began};
 use crate::region::no_forking;
 use crate::runtime::{Start, count};
 use crate::signals::Signals;
@@ -73,7 +73,7 @@ pub(crate) fn start(plan: &Plan, timeout: Option<Duration>) -> Result<Child, Not
 /// The outer error: no child; the inner one: a child that ended, and was reaped.
 fn once(plan: &Plan, deadline: Option<u64>) -> Result<Result<Child, Failure>, NotStarted> {
     // Until there is a `Child`: an owner of SIGCHLD must not take it for a stranger's.
-    let _under_way = known::making_one();
+    let under_way = known::making_one();
     let start = Start::begin(deadline).map_err(NotStarted::Fork)?;
     let shared = Shared::new(plan, &start);
     let cloned = clone(&shared, libc::CLONE_PIDFD).or_else(|errno| match errno {
@@ -88,11 +88,11 @@ fn once(plan: &Plan, deadline: Option<u64>) -> Result<Result<Child, Failure>, No
     if let (Ok(pid), Some(_)) = (cloned, failure) {
         // Before a handler for SIGCHLD can run on this thread.
         reap(pid, pidfd.map(|(fd, _)| fd));
-        known::forget_thrown_away(pid);
+        known::forget_thrown_away(pid, under_way.as_ref());
     }
     start.end(opened);
     if let (Ok(pid), Some(_)) = (cloned, failure) {
-        known::forget_thrown_away(pid);
+        known::forget_thrown_away(pid, under_way.as_ref());
     }
     let pid = cloned.map_err(|errno| NotStarted::Fork(ForkError::Os(io::Error::from_raw_os_error(errno))))?;
     // One region from the registration that the child made to the `Child`'s own.
@@ -102,10 +102,11 @@ fn once(plan: &Plan, deadline: Option<u64>) -> Result<Result<Child, Failure>, No
         // SAFETY: the kernel gave us this number with the clone, and nobody else knows it.
         unsafe { OwnedFd::from_raw_fd(fd) }
     });
+    let began = Began::of(under_way.as_ref());
     Ok(match (failure, pidfd) {
         (Some(failure), _) => Err(failure),
-        (None, None) => Ok(Child::new(pid, true)),
-        (None, pidfd) => Ok(Child::with_pidfd(pid, pidfd)),
+        (None, None) => Ok(Child::new(pid, true, began)),
+        (None, pidfd) => Ok(Child::with_pidfd(pid, pidfd, began)),
     })
 }
 

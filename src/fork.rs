@@ -8,7 +8,7 @@ use crate::in_child::InChild;
 use crate::options::{ForkOptions, Ready};
 use crate::prepare::Outcome;
 use crate::reap::child::Child;
-use crate::reap::known::UnderWay;
+use crate::reap::known::{Began, UnderWay};
 use crate::reap::{known, orphans};
 use crate::runtime::{self, Passed, Request, count};
 use crate::{care_table, clock, replace, stdio, sys, sys_signals};
@@ -99,7 +99,8 @@ impl ForkOptions<'_> {
             Ok(ready) => match unsafe { self.fork_ready(&ready) } {
                 Ok(Side::Child(before)) => return Ok(Fork::Child(self.begin_child(ready, before.as_ref()))),
                 Ok(Side::Parent(pid, under_way)) => {
-                    let child = Child::new(pid, self.pidfd).known_as(self.name.as_deref(), self.new_session);
+                    let began = Began::of(under_way.as_ref());
+                    let child = Child::new(pid, self.pidfd, began).known_as(self.name.as_deref(), self.new_session);
                     drop(under_way);
                     Ok(child)
                 }
@@ -215,7 +216,7 @@ impl ForkOptions<'_> {
             };
             // A child that was none: gone, or taken by a waitpid(-1) elsewhere, which is the same.
             drop(sys::reap(pid, true));
-            known::forget_thrown_away(pid);
+            known::forget_thrown_away(pid, under_way.as_ref());
             drop(under_way);
             count().thrown_away.fetch_add(1, Relaxed);
             let over = request.deadline.is_some_and(|d| clock::now() >= d);

@@ -4,10 +4,12 @@
 
 mod common;
 mod kit;
+mod numbers;
 
 use carefork::{Child, ForkOptions, Reaper};
 use common::{Refuse, Setup, between, count_syscalls, isolated, isolated_with, raw, strace_mark};
 use kit::{SOON, forked};
+use numbers::{child_with, in_a_namespace, next_pid, steal};
 use std::alloc::{GlobalAlloc, Layout, System};
 use std::os::fd::AsRawFd as _;
 use std::sync::Arc;
@@ -145,44 +147,6 @@ fn memory_and_descriptors_of_a_watched_child() {
         }
         assert_eq!(fds(), open);
     });
-}
-
-/// Makes the kernel's next fork in this pid namespace take number `pid`.
-fn next_pid(pid: u32) {
-    std::fs::write("/proc/sys/kernel/ns_last_pid", (pid - 1).to_string()).expect("ns_last_pid");
-}
-
-/// A child with number `pid` in a namespace where nobody else forks.
-fn child_with(pid: u32, options: &ForkOptions<'_>, code: i32) -> Child {
-    next_pid(pid);
-    let child = forked(options, |_| code);
-    assert_eq!(child.id(), pid, "somebody forks here");
-    child
-}
-
-/// Runs `f` as the first process of a pid namespace with a /proc of its own: there numbers come round when the test says so.
-fn in_a_namespace(f: impl FnOnce()) {
-    nix::sched::unshare(nix::sched::CloneFlags::CLONE_NEWPID | nix::sched::CloneFlags::CLONE_NEWNS)
-        .expect("these tests want root, or a namespace of their own");
-    // A child for the namespace to begin with; by foreign code, as carefork's own are under test in it.
-    let pid = kit::foreign(|| {
-        let none = std::ptr::null();
-        // SAFETY: C strings; a mount namespace of this test's own.
-        unsafe { libc::mount(none, c"/".as_ptr(), none, libc::MS_REC | libc::MS_PRIVATE, none.cast()) };
-        // SAFETY: the same; /proc of this namespace over the other one, seen by nobody else.
-        unsafe { libc::mount(c"proc".as_ptr(), c"/proc".as_ptr(), c"proc".as_ptr(), 0, none.cast()) };
-        match std::panic::catch_unwind(std::panic::AssertUnwindSafe(f)) {
-            Ok(()) => 0,
-            Err(_) => 1,
-        }
-    });
-    assert_eq!(common::reap(pid, Duration::from_secs(30)), common::Verdict::Exited(0));
-}
-
-fn steal(pid: u32) {
-    // SAFETY: no status is asked for.
-    let got = unsafe { libc::waitpid(pid.cast_signed(), std::ptr::null_mut(), 0) };
-    assert_eq!(got, pid.cast_signed());
 }
 
 /// A number that comes round again: the first child's status is lost, the second's its own, and signals hit nobody wrong.

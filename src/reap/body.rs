@@ -1,7 +1,7 @@
 //! A child as all its holders see it: `Child`, a reaper's table, the orphans.
 
 use super::exit::{Ending, Exit, Record};
-use super::known::{self, Holder, children};
+use super::known::{self, Began, Holder, children};
 use crate::carefd::{CareFd, OnFork};
 use crate::region::no_forking;
 use crate::sys_reap::{self, How, Which};
@@ -28,16 +28,16 @@ pub(crate) struct Body {
 
 impl Body {
     /// After a fork that succeeded: nothing here can fail it.
-    pub(crate) fn new(pid: u32, watched: bool) -> Self {
-        Self::with(pid, if watched { watch(pid) } else { None })
+    pub(crate) fn new(pid: u32, watched: bool, began: Began) -> Self {
+        Self::with(pid, if watched { watch(pid) } else { None }, began)
     }
 
     /// With a pidfd that came with the child.
-    pub(crate) fn with_pidfd(pid: u32, pidfd: Option<OwnedFd>) -> Self {
-        Self::with(pid, pidfd.and_then(|fd| CareFd::new(fd).ok()))
+    pub(crate) fn with_pidfd(pid: u32, pidfd: Option<OwnedFd>, began: Began) -> Self {
+        Self::with(pid, pidfd.and_then(|fd| CareFd::new(fd).ok()), began)
     }
 
-    fn with(pid: u32, pidfd: Option<CareFd<OwnedFd>>) -> Self {
+    fn with(pid: u32, pidfd: Option<CareFd<OwnedFd>>, began: Began) -> Self {
         let generation = runtime::generation();
         if pidfd.is_none() {
             // Only what is forked from now on can tell whether the number is still this child's.
@@ -46,7 +46,7 @@ impl Body {
         let mut body =
             Body { pid, pidfd, leads: false, ending: false, known: false, start: clock::now(), generation, name: None };
         if known::is_wanted() {
-            body.write_down();
+            body.write_down_as(Some(began));
         }
         body
     }
@@ -89,11 +89,21 @@ impl Body {
         if self.is_ours() { Ok(()) } else { Err(io::Error::from_raw_os_error(libc::ECHILD)) }
     }
 
+    /// Where its fork is long over.
     pub(crate) fn write_down(&mut self) {
+        self.write_down_as(None);
+    }
+
+    fn write_down_as(&mut self, began: Option<Began>) {
         if !std::mem::replace(&mut self.known, true) {
             let pidfd = self.pidfd().map_or(-1, |fd| fd.as_raw_fd());
-            children().add(self.pid, self.start, pidfd);
+            children().add(self.pid, self.start, pidfd, began);
         }
+    }
+
+    /// What somebody else has found of it, if anything.
+    pub(crate) fn found(&self) -> Option<Record> {
+        if self.known { children().take_ended(self.pid, self.start) } else { None }
     }
 
     pub(crate) fn hold(&self, holder: Holder) {
@@ -160,7 +170,9 @@ impl Body {
 
     /// The number may have come round again: where this process has given it to another child, that is known.
     fn look_by_pid(&self, how: How) -> io::Result<Option<sys_reap::Ended>> {
-        if !self.is_not_another() {
+        // A pidfd that cannot be waited by tells all the same whether its process was reaped: who has the number then is another.
+        let reaped = |fd| sys::pidfd_signal(fd, 0).is_err_and(|e| e.raw_os_error() == Some(libc::ESRCH));
+        if !self.is_not_another() || self.pidfd().is_some_and(reaped) {
             return Err(io::Error::from_raw_os_error(libc::ECHILD));
         }
         sys_reap::wait(Which::Pid(self.pid), how)
@@ -184,7 +196,7 @@ impl Body {
     }
 
     /// It lives, or nobody has reaped it: the number is its own. Where waitid is refused, as far as this process knows.
-    fn is_unreaped(&self) -> bool {
+    pub(crate) fn is_unreaped(&self) -> bool {
         !self.peek().is_err_and(|e| e.raw_os_error() == Some(libc::ECHILD))
     }
 

@@ -93,7 +93,8 @@ fn start(shared: Arc<Shared>) -> io::Result<()> {
 }
 
 fn run(shared: &Arc<Shared>) {
-    while !shared.is_closed() {
+    // A callback may fork, and its child come back here.
+    while shared.is_ours() && !shared.is_closed() {
         // A signal or an error ends the sleep as well: whatever it was, a dispatch looks.
         drop(sys::poll_in(shared.descriptor(), -1));
         match catch_unwind(AssertUnwindSafe(|| shared.dispatch())) {

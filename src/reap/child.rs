@@ -3,6 +3,7 @@
 use crate::carefd::CareFd;
 use crate::reap::body::{Body, FIRST_PAUSE};
 use crate::reap::exit::Exit;
+use crate::reap::known::Began;
 use crate::reap::orphans;
 use crate::sys_reap::How;
 use crate::{clock, sys};
@@ -34,13 +35,13 @@ pub(crate) struct Pipes(Option<CareFd<PipeWriter>>, Option<CareFd<PipeReader>>, 
 
 impl Child {
     /// After a fork that succeeded: nothing here can fail it.
-    pub(crate) fn new(pid: u32, watched: bool) -> Self {
-        Child::from_body(Body::new(pid, watched), None)
+    pub(crate) fn new(pid: u32, watched: bool, began: Began) -> Self {
+        Child::from_body(Body::new(pid, watched, began), None)
     }
 
     /// With the pidfd that the kernel made together with the child.
-    pub(crate) fn with_pidfd(pid: u32, pidfd: Option<OwnedFd>) -> Self {
-        Child::from_body(Body::with_pidfd(pid, pidfd), None)
+    pub(crate) fn with_pidfd(pid: u32, pidfd: Option<OwnedFd>, began: Began) -> Self {
+        Child::from_body(Body::with_pidfd(pid, pidfd, began), None)
     }
 
     /// What it was told to be.

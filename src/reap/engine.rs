@@ -83,6 +83,15 @@ impl<T> Table<T> {
         u64::from(self.slots[index as usize].used) << 32 | u64::from(index)
     }
 
+    /// One whose status is here already.
+    fn recorded(&self) -> Option<Key> {
+        self.ask.iter().copied().find(|&key| {
+            let (index, used) = split(key);
+            let entry = self.slots.get(index).filter(|s| s.used == used).and_then(|s| s.entry.as_ref());
+            entry.is_some_and(|e| e.record.is_some())
+        })
+    }
+
     fn remove(&mut self, key: Key) -> Option<Entry<T>> {
         let (index, used) = split(key);
         let slot = self.slots.get_mut(index).filter(|s| s.used == used)?;
@@ -177,7 +186,7 @@ impl<T> Engine<T> {
     ) -> Result<Key, (Body, T, io::Error)> {
         let mut table = self.table.lock();
         let key = table.vacant();
-        let asks = record.is_some() || !body.has_pidfd();
+        let mut asks = record.is_some() || !body.has_pidfd();
         if !asks
             && let (Some(epoll), Some(fd)) = (self.watching(), body.pidfd())
             && let Err(e) = sys_reap::epoll_add(epoll, fd, key)
@@ -193,6 +202,17 @@ impl<T> Engine<T> {
             body.write_down();
         }
         body.hold(self.holder(index));
+        // From here on a status comes to this table, which is locked; before, it was put aside for whoever asks.
+        let mut record = record;
+        if record.is_none()
+            && let Some(found) = body.found()
+        {
+            record = Some(Box::new(found));
+            if let (false, Some(epoll), Some(fd)) = (asks, self.watching(), body.pidfd()) {
+                sys_reap::epoll_del(epoll, fd);
+            }
+            asks = true;
+        }
         table.slots[index].entry = Some(Entry { body, then, record });
         if asks {
             table.ask.push(key);
@@ -266,6 +286,27 @@ impl<T> Engine<T> {
             }
         }
         Ok(reaped)
+    }
+
+    /// Somebody's status is here already, and nothing tells of that.
+    pub(crate) fn has_records(&self) -> bool {
+        self.is_asking() && self.table.lock().recorded().is_some()
+    }
+
+    /// Hands out what was here before, as `dispatch` does, and reaps nobody.
+    pub(crate) fn dispatch_records(&self, mut each: impl FnMut(Exit, T) -> bool) -> io::Result<usize> {
+        let mut told = 0;
+        loop {
+            let recorded = self.table.lock().recorded();
+            let Some(key) = recorded else { break };
+            // Another thread may have been faster.
+            let Some((exit, Entry { then, .. })) = self.finish(key)? else { continue };
+            told += 1;
+            if !each(exit, then) {
+                break;
+            }
+        }
+        Ok(told)
     }
 
     /// Takes the entry out if its child has ended; the caller is the only one to get it.

@@ -71,6 +71,8 @@ impl Future for ExitFuture {
             // The callback is the parent's, and so may be whoever holds the lock.
             return Poll::Ready(Err(io::Error::from_raw_os_error(libc::ECHILD)));
         }
+        // Made before the lock is taken, and the old one dropped after it: a waker may own anything, this reaper too.
+        let waker = context.waker().clone();
         let mut state = self.state.lock();
         if let Some(exit) = state.exit.take() {
             return Poll::Ready(Ok(exit));
@@ -78,7 +80,9 @@ impl Future for ExitFuture {
         if state.over {
             return Poll::Ready(Err(io::Error::new(io::ErrorKind::BrokenPipe, "the reaper was closed")));
         }
-        state.waker = Some(context.waker().clone());
+        let old = state.waker.replace(waker);
+        drop(state);
+        drop(old);
         Poll::Pending
     }
 }

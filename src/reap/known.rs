@@ -10,11 +10,12 @@
 use super::exit::Record;
 use super::per_process::PerProcess;
 use crate::locks::Mutex;
+use crate::runtime;
 use crate::sys_reap::{self, How, Which};
 use std::collections::BTreeMap;
 use std::io;
 use std::os::fd::{BorrowedFd, RawFd};
-use std::sync::atomic::{AtomicBool, AtomicU32, Ordering};
+use std::sync::atomic::{AtomicBool, Ordering};
 
 static WANTED: AtomicBool = AtomicBool::new(false);
 
@@ -36,8 +37,6 @@ pub(crate) enum Holder {
     Asks,
     /// Slot `index` of reaper `reaper`.
     Reaper { reaper: u32, index: u32 },
-    /// Reaped while a fork was under way that may have made it: its `Child` may yet come.
-    Nobody,
 }
 
 #[derive(Debug)]
@@ -51,9 +50,28 @@ struct Known {
     ended: Option<Box<Record>>,
 }
 
+/// A status of a child that is not known, or not yet.
+struct Stranger {
+    pid: u32,
+    /// The ticket of the next fork when it was found: one with that ticket or a later one has not made it.
+    found: u64,
+    /// The main loop brought it, and was told that nobody knows it.
+    refused: bool,
+    record: Box<Record>,
+}
+
 impl Known {
-    fn nobodys(record: Box<Record>) -> Known {
-        Known { start: 0, pidfd: -1, holder: Holder::Nobody, ended: Some(record) }
+    /// It lives, or nobody has taken its status: whoever has that number's status has another child's.
+    fn is_unreaped(&self) -> bool {
+        self.pidfd >= 0 && self.ended.is_none() && sys_reap::wait(Which::Pidfd(self.pidfd()), How::Peek).is_ok()
+    }
+
+    fn pidfd(&self) -> BorrowedFd<'_> {
+        // SAFETY: open as long as the entry is here, and the book's lock keeps it here.
+        #[allow(unsafe_code)]
+        unsafe {
+            BorrowedFd::borrow_raw(self.pidfd)
+        }
     }
 }
 
@@ -73,16 +91,30 @@ fn told(waited: io::Result<Option<sys_reap::Ended>>) -> io::Result<Reaped> {
 }
 
 pub(crate) struct Children {
-    by_pid: Mutex<BTreeMap<u32, Known>>,
-    /// Forks whose child may be dead before it is known here.
-    under_way: AtomicU32,
-    /// Some found a stranger meanwhile, and could not tell.
+    book: Mutex<Book>,
+    /// Some found a stranger while a fork was under way that may have made it, and could not tell.
     strangers_wait: AtomicBool,
 }
 
+struct Book {
+    by_pid: BTreeMap<u32, Known>,
+    strangers: Vec<Stranger>,
+    /// Statuses whose number is another child's by now, until their holder asks: number, start.
+    left: Vec<(u32, u64, Box<Record>)>,
+    /// The tickets of forks whose child may be dead before it is known here, rising.
+    under_way: Vec<u64>,
+    /// The next fork's.
+    ticket: u64,
+}
+
 static CHILDREN: PerProcess<Children> = PerProcess::new(|| Children {
-    by_pid: Mutex::new(BTreeMap::new()),
-    under_way: AtomicU32::new(0),
+    book: Mutex::new(Book {
+        by_pid: BTreeMap::new(),
+        strangers: Vec::new(),
+        left: Vec::new(),
+        under_way: Vec::new(),
+        ticket: 1,
+    }),
     strangers_wait: AtomicBool::new(false),
 });
 
@@ -94,19 +126,35 @@ pub(crate) fn children() -> &'static Children {
 #[derive(Debug, PartialEq, Eq)]
 pub(crate) enum HandedIn {
     /// It lies here until the holder asks.
-    For(Holder),
+    Kept,
     /// No child of carefork's, or not yet.
     Unknown,
 }
 
 /// While it lives, a child that nobody knows may be one that is being made.
 #[derive(Debug)]
-pub(crate) struct UnderWay(&'static AtomicU32);
+pub(crate) struct UnderWay {
+    ticket: u64,
+    generation: u64,
+}
 
 impl Drop for UnderWay {
     fn drop(&mut self) {
-        // In a child the parent's counter: nobody reads it there.
-        self.0.fetch_sub(1, Ordering::Release);
+        // In a child the parent's.
+        if self.generation == runtime::generation() {
+            children().book.lock().under_way.retain(|&t| t != self.ticket);
+        }
+    }
+}
+
+/// When a child's fork began, for [`Children::add`].
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct Began(u64);
+
+impl Began {
+    /// `None` is a fork that began before anybody wanted to know.
+    pub(crate) fn of(under_way: Option<&UnderWay>) -> Began {
+        Began(under_way.map_or(0, |u| u.ticket))
     }
 }
 
@@ -115,84 +163,104 @@ pub(crate) fn making_one() -> Option<UnderWay> {
     is_wanted().then(|| children().making_one())
 }
 
-/// A child that was none, and that somebody may have found.
-pub(crate) fn forget_thrown_away(pid: u32) {
-    if is_wanted() {
-        children().forget_thrown_away(pid);
+/// The child of that fork was none, and somebody may have found it.
+pub(crate) fn forget_thrown_away(pid: u32, fork: Option<&UnderWay>) {
+    if let Some(fork) = fork {
+        children().forget_thrown_away(pid, fork);
+    }
+}
+
+impl Book {
+    fn keep(&mut self, pid: u32, refused: bool, record: Box<Record>) {
+        self.strangers.push(Stranger { pid, found: self.ticket, refused, record });
+    }
+
+    /// Takes out the strangers of which `which` is true and that no fork under way can have made.
+    fn settled(&mut self, which: impl Fn(&Stranger) -> bool) -> impl Iterator<Item = Stranger> {
+        let first = self.under_way.first().copied().unwrap_or(u64::MAX);
+        self.strangers.extract_if(.., move |s| first >= s.found && which(s))
     }
 }
 
 impl Children {
     /// Before anything that makes a child; drop it once the child is known (SEEDS: "recorded before any reaper can see it").
-    fn making_one(&'static self) -> UnderWay {
-        self.under_way.fetch_add(1, Ordering::AcqRel);
-        UnderWay(&self.under_way)
+    fn making_one(&self) -> UnderWay {
+        let mut book = self.book.lock();
+        let ticket = book.ticket;
+        book.ticket += 1;
+        book.under_way.push(ticket);
+        UnderWay { ticket, generation: runtime::generation() }
     }
 
-    pub(crate) fn add(&self, pid: u32, start: u64, pidfd: RawFd) {
-        let mut all = self.by_pid.lock();
-        // A status that came before its child is this child's. Any other entry was somebody's whose number came round again.
-        let early = all.remove(&pid).filter(|k| k.holder == Holder::Nobody).and_then(|k| k.ended);
-        all.insert(pid, Known { start, pidfd, holder: Holder::Asks, ended: early });
+    /// A child that was just made, or with `None` one that is written down late.
+    pub(crate) fn add(&self, pid: u32, start: u64, pidfd: RawFd, began: Option<Began>) {
+        let mut book = self.book.lock();
+        if book.by_pid.get(&pid).is_some_and(|later| later.start > start) {
+            // The number is that one's by now.
+            return;
+        }
+        // A status that came before its child, unless it was there before the fork.
+        let early =
+            began.and_then(|Began(ticket)| book.strangers.iter().rposition(|s| s.pid == pid && s.found > ticket));
+        let ended = early.map(|at| book.strangers.remove(at).record);
+        let earlier = book.by_pid.insert(pid, Known { start, pidfd, holder: Holder::Asks, ended });
+        if let Some(Known { start, ended: Some(record), .. }) = earlier {
+            // Its holder has yet to ask.
+            book.left.push((pid, start, record));
+        }
     }
 
     /// The child's number has not become another's, as far as this process knows.
     pub(crate) fn is(&self, pid: u32, start: u64) -> bool {
-        self.by_pid.lock().get(&pid).is_some_and(|k| k.start == start)
+        self.book.lock().by_pid.get(&pid).is_some_and(|k| k.start == start)
     }
 
     /// It was given a pidfd.
     pub(crate) fn watched(&self, pid: u32, start: u64, pidfd: RawFd) {
-        if let Some(known) = self.by_pid.lock().get_mut(&pid).filter(|k| k.start == start) {
+        if let Some(known) = self.book.lock().by_pid.get_mut(&pid).filter(|k| k.start == start) {
             known.pidfd = pidfd;
         }
     }
 
     pub(crate) fn hold(&self, pid: u32, start: u64, holder: Holder) {
-        if let Some(known) = self.by_pid.lock().get_mut(&pid).filter(|k| k.start == start) {
+        if let Some(known) = self.book.lock().by_pid.get_mut(&pid).filter(|k| k.start == start) {
             known.holder = holder;
         }
     }
 
     /// Forgets the child; what somebody else found of it.
     pub(crate) fn take(&self, pid: u32, start: u64) -> Option<Record> {
-        let mut all = self.by_pid.lock();
-        if all.get(&pid)?.start != start {
-            return None;
+        let mut book = self.book.lock();
+        if book.by_pid.get(&pid).is_some_and(|k| k.start == start) {
+            return book.by_pid.remove(&pid).and_then(|k| k.ended).map(|record| *record);
         }
-        all.remove(&pid).and_then(|k| k.ended).map(|record| *record)
+        let at = book.left.iter().position(|(p, s, _)| (*p, *s) == (pid, start))?;
+        Some(*book.left.swap_remove(at).2)
     }
 
-    fn forget_thrown_away(&self, pid: u32) {
-        let mut all = self.by_pid.lock();
-        if all.get(&pid).is_some_and(|k| k.holder == Holder::Nobody) {
-            all.remove(&pid);
-        }
+    /// What somebody else found of it, if anything; then it is forgotten.
+    pub(crate) fn take_ended(&self, pid: u32, start: u64) -> Option<Record> {
+        let runs = self.book.lock().by_pid.get(&pid).is_some_and(|k| k.start == start && k.ended.is_none());
+        if runs { None } else { self.take(pid, start) }
     }
 
-    /// Nobody will come for that stranger, unless a fork is under way: then it is found again when that is over.
-    pub(crate) fn refuse(&self, pid: u32) {
-        let mut all = self.by_pid.lock();
-        if self.under_way.load(Ordering::Acquire) == 0 && all.get(&pid).is_some_and(|k| k.holder == Holder::Nobody) {
-            all.remove(&pid);
-        }
+    fn forget_thrown_away(&self, pid: u32, fork: &UnderWay) {
+        self.book.lock().strangers.retain(|s| s.pid != pid || s.found <= fork.ticket);
     }
 
     pub(crate) fn holder(&self, pid: u32) -> Option<Holder> {
-        self.by_pid.lock().get(&pid).map(|k| k.holder)
+        self.book.lock().by_pid.get(&pid).map(|k| k.holder)
     }
 
-    /// Reaps the child of that number, which has ended and may be anybody's; one that it cannot keep for anybody comes back.
+    /// Reaps the child of that number, which has ended and may be anybody's.
     ///
     /// All under the lock: a holder that finds its child gone asks here next, and must not come too early. One that is known by a
     /// pidfd is reaped by it: where the number has come round again, that says so.
-    pub(crate) fn reap_found(&self, pid: u32) -> io::Result<Option<Record>> {
-        let mut all = self.by_pid.lock();
-        if let Some(known) = all.get_mut(&pid).filter(|k| k.ended.is_none() && k.pidfd >= 0) {
-            // SAFETY: open as long as the entry is here, and the lock keeps it here.
-            #[allow(unsafe_code)]
-            let pidfd = unsafe { BorrowedFd::borrow_raw(known.pidfd) };
-            let waited = match sys_reap::wait(Which::Pidfd(pidfd), How::Now) {
+    pub(crate) fn reap_found(&self, pid: u32) -> io::Result<()> {
+        let mut book = self.book.lock();
+        let book = &mut *book;
+        if let Some(known) = book.by_pid.get_mut(&pid).filter(|k| k.ended.is_none() && k.pidfd >= 0) {
+            let waited = match sys_reap::wait(Which::Pidfd(known.pidfd()), How::Now) {
                 // Linux 5.3, or a filter: by number, as its holder would. The number is its own, since no other child was given it.
                 Err(e) if matches!(e.raw_os_error(), Some(libc::EINVAL | libc::ENOSYS | libc::EPERM)) => {
                     sys_reap::wait(Which::Pid(pid), How::Now)
@@ -203,52 +271,50 @@ impl Children {
                 Reaped::Record(record) => known.ended = Some(record),
                 Reaped::NotYet => {}
                 // Its holder will find out by the same means.
-                Reaped::Gone => drop(all.remove(&pid)),
+                Reaped::Gone => drop(book.by_pid.remove(&pid)),
             }
-            return Ok(None);
+            return Ok(());
         }
         let Reaped::Record(record) = told(sys_reap::wait(Which::Pid(pid), How::Now))? else {
             // Somebody was faster.
-            return Ok(None);
+            return Ok(());
         };
-        match all.get_mut(&pid) {
-            // The number was another's, whose holder has yet to come.
-            Some(known) if known.ended.is_some() => return Ok(Some(*record)),
-            Some(known) => known.ended = Some(record),
-            None => drop(all.insert(pid, Known::nobodys(record))),
+        match book.by_pid.get_mut(&pid) {
+            Some(known) if known.ended.is_none() => known.ended = Some(record),
+            // Of the status that lies there the number was before.
+            _ => book.keep(pid, false, record),
         }
-        Ok(None)
+        Ok(())
     }
 
     /// A status that somebody reaped by number.
     pub(crate) fn hand_in(&self, pid: u32, record: Record) -> HandedIn {
-        let mut all = self.by_pid.lock();
-        match all.get_mut(&pid) {
+        let mut book = self.book.lock();
+        match book.by_pid.get_mut(&pid) {
+            Some(known) if known.is_unreaped() => return HandedIn::Unknown,
             Some(known) if known.ended.is_none() => {
                 known.ended = Some(Box::new(record));
-                HandedIn::For(known.holder)
+                return HandedIn::Kept;
             }
-            _ => {
-                all.insert(pid, Known::nobodys(Box::new(record)));
-                HandedIn::Unknown
-            }
+            _ => {}
         }
+        book.settled(|s| s.refused).for_each(drop);
+        if !book.under_way.is_empty() {
+            book.keep(pid, true, Box::new(record));
+        }
+        HandedIn::Unknown
     }
 
-    /// The last look for strangers came while a fork was under way, and there may be some.
+    /// The last look for strangers came while a fork was under way that may have made some.
     pub(crate) fn strangers_wait(&self) -> bool {
         self.strangers_wait.load(Ordering::Relaxed)
     }
 
-    /// Those whom nobody will come for, once no fork is under way.
+    /// Those whom nobody will come for: every fork that may have made them is over.
     pub(crate) fn strangers(&self) -> Vec<(u32, Record)> {
-        let mut all = self.by_pid.lock();
-        let wait = self.under_way.load(Ordering::Acquire) != 0;
-        self.strangers_wait.store(wait && all.values().any(|k| k.holder == Holder::Nobody), Ordering::Relaxed);
-        if wait {
-            return Vec::new();
-        }
-        let pids: Vec<u32> = all.iter().filter(|(_, k)| k.holder == Holder::Nobody).map(|(&pid, _)| pid).collect();
-        pids.into_iter().filter_map(|pid| Some((pid, *all.remove(&pid)?.ended?))).collect()
+        let mut book = self.book.lock();
+        let settled = book.settled(|s| !s.refused).map(|s| (s.pid, *s.record)).collect();
+        self.strangers_wait.store(book.strangers.iter().any(|s| !s.refused), Ordering::Relaxed);
+        settled
     }
 }

@@ -28,6 +28,14 @@ static ORPHANS: PerProcess<Orphans> = PerProcess::new(|| Orphans {
     any_waits: AtomicBool::new(false),
 });
 
+/// What reapers have called when there is somebody of whose end no descriptor tells.
+static ASKING: std::sync::OnceLock<fn()> = std::sync::OnceLock::new();
+
+/// The first to say so is the one.
+pub(crate) fn when_asking(f: fn()) {
+    let _ = ASKING.set(f);
+}
+
 /// # Errors
 /// As epoll_create1(2); the next to ask tries again.
 fn engine() -> io::Result<&'static Engine<()>> {
@@ -70,6 +78,11 @@ pub(crate) fn adopt(mut body: Body) {
             waiting.push(body);
             orphans.any_waits.store(true, Ordering::Relaxed);
         }
+    }
+    if is_asking()
+        && let Some(tell) = ASKING.get()
+    {
+        tell();
     }
 }
 

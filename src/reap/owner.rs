@@ -6,12 +6,14 @@
 use super::exit::{Ending, Exit, Record};
 use super::known::{self, HandedIn, Holder, children};
 use super::orphans;
-use super::reaper::{self, Reaper, SIGCHLD, Shared};
+use super::reaper::{self, After, Reaper, SIGCHLD, Shared};
 use super::sigchld::{self, Checked, Sigchld};
+use crate::carefd::CareFd;
 use crate::{sys, sys_reap};
 use std::error::Error;
 use std::fmt;
 use std::io;
+use std::os::fd::AsFd;
 use std::os::unix::process::ExitStatusExt as _;
 use std::panic::{AssertUnwindSafe, catch_unwind, resume_unwind};
 use std::process::ExitStatus;
@@ -37,8 +39,14 @@ pub enum SigchldOwner {
 }
 
 impl SigchldOwner {
+    /// It is asked about strangers.
     fn reaps_all(self) -> bool {
         matches!(self, SigchldOwner::WhileChildren | SigchldOwner::Always)
+    }
+
+    /// It reaps them at this moment.
+    fn reaps_all_now(self, children: bool) -> bool {
+        self.reaps_all() && self.wants_signal(children)
     }
 
     fn wants_signal(self, children: bool) -> bool {
@@ -175,25 +183,24 @@ impl Reaper {
         let record = Record::new(Ending::from_raw(status.into_raw()));
         match children().holder(pid) {
             Some(Holder::Reaper { reaper, index }) if reaper == shared.id => {
-                if ends && let Some(key) = shared.engine.key_at(index, pid) {
+                let Some(key) = shared.engine.key_at(index, pid) else { return Ok(()) };
+                if ends {
+                    // The number may have come round again between the wait and this.
+                    if shared.engine.with(key, |entry| entry.body.has_pidfd() && entry.body.is_unreaped()) == Some(true)
+                    {
+                        return unknown;
+                    }
                     shared.finish_with(key, record);
                 }
                 Ok(())
             }
-            Some(Holder::Asks) => {
-                if ends {
-                    children().hand_in(pid, record);
-                }
-                Ok(())
-            }
+            Some(Holder::Asks) if !ends => Ok(()),
             Some(Holder::Reaper { .. }) => unknown,
-            // A fork that is under way may have made it.
-            None | Some(Holder::Nobody) => {
-                if ends && children().hand_in(pid, record) == HandedIn::Unknown {
-                    children().refuse(pid);
-                }
-                unknown
-            }
+            // Of nobody's, a fork that is under way may have made it.
+            Some(Holder::Asks) | None => match ends.then(|| children().hand_in(pid, record)) {
+                Some(HandedIn::Kept) => Ok(()),
+                _ => unknown,
+            },
         }
     }
 
@@ -205,7 +212,11 @@ impl Reaper {
         if !self.shared().is_ours() {
             return Err(io::Error::from_raw_os_error(libc::ECHILD));
         }
-        if self.shared().is_closed() { Ok(0) } else { self.shared().reap_own() }
+        if self.shared().is_closed() {
+            return Ok(0);
+        }
+        let _after = After(self.shared());
+        self.shared().reap_own()
     }
 
     /// Who has SIGCHLD now. One system call.
@@ -253,40 +264,42 @@ pub(crate) fn before_dispatch(shared: &Arc<Shared>) -> io::Result<()> {
         let owner = shared.owner.lock();
         (owner.mode, owner.holds)
     };
-    if holds && sigchld::check()? == Checked::Renewed {
+    if holds && let Checked::Renewed(old) = sigchld::check()? {
+        let mut heard = Ok(());
         for reaper in reaper::all() {
             if reaper.owner.lock().holds {
-                sigchld::with_reader(|fd| reaper.hear(fd, SIGCHLD)).transpose()?;
+                if let Some(old) = old.as_ref().and_then(CareFd::get) {
+                    reaper.hear_no_more(old.as_fd());
+                }
+                let new = sigchld::with_reader(|fd| reaper.hear(fd, SIGCHLD));
+                heard = heard.and(new.unwrap_or(Ok(())));
             }
         }
+        heard?;
     }
     // Whoever has drained the socket does what any owner wants: the others are not woken any more.
-    let somebody = || reaper::all().iter().any(|r| r.owner.lock().mode.reaps_all());
-    if mode.reaps_all() || holds && somebody() {
-        let mut found = Vec::new();
-        let reaped = reap_all(&mut found);
-        found.extend(children().strangers());
-        offer_all(found)?;
+    let reaps = |r: &Shared| r.owner.lock().mode.reaps_all_now(r.engine.live() > 0);
+    if reaps(shared) || holds && reaper::all().iter().any(|r| reaps(r)) {
+        let reaped = reap_all();
+        offer_all(children().strangers())?;
         reaped?;
-    } else if mode == SigchldOwner::Selective && sigchld::was_ignored() {
+    } else if mode.reaps_all() {
+        // Found by then, and not settled.
+        offer_all(children().strangers())?;
+    } else if mode == SigchldOwner::Selective && sigchld::would_be_ignored() {
         // Without our handler the kernel would have thrown these away.
-        reap_all(&mut Vec::new())?;
-        drop(children().strangers());
-    } else if mode == SigchldOwner::MainLoop && !somebody() {
-        // Those were refused already.
+        reap_all()?;
         drop(children().strangers());
     }
     Ok(())
 }
 
 /// Reaps every child of this process that has ended. What carefork knows goes to its holder, when that asks; strangers wait in
-/// `known`, but for those whose number another's status lies under: they are `displaced`.
-fn reap_all(displaced: &mut Vec<(u32, Record)>) -> io::Result<()> {
+/// `known`.
+fn reap_all() -> io::Result<()> {
     loop {
         match sys_reap::wait(sys_reap::Which::Any, sys_reap::How::Peek) {
-            Ok(Some(ended)) => {
-                displaced.extend(children().reap_found(ended.pid)?.map(|record| (ended.pid, record)));
-            }
+            Ok(Some(ended)) => children().reap_found(ended.pid)?,
             Ok(None) => return Ok(()),
             Err(e) if e.raw_os_error() == Some(libc::ECHILD) => return Ok(()),
             Err(e) => return Err(e),

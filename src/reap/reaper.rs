@@ -101,6 +101,10 @@ pub(crate) fn all() -> Vec<Arc<Shared>> {
     ALL.get().reapers.lock().iter().filter_map(Weak::upgrade).collect()
 }
 
+fn rearm_all() {
+    all().iter().for_each(|r| r.timer.rearm(r));
+}
+
 /// Keys of what else a reaper's epoll watches: no slot's. A dispatch looks after all of it anyway.
 const ORPHANS: u64 = u64::MAX;
 pub(crate) const TIMER: u64 = u64::MAX - 1;
@@ -124,6 +128,7 @@ impl Reaper {
             id,
         };
         shared.hear(orphans::descriptor()?, ORPHANS)?;
+        orphans::when_asking(rearm_all);
         let shared = Arc::new(shared);
         let mut reapers = all.reapers.lock();
         reapers.retain(|r| r.strong_count() > 0);
@@ -255,21 +260,42 @@ impl Shared {
             return Ok(0);
         }
         orphans::reap();
-        owner::before_dispatch(self)?;
+        // A callback that panics, too.
+        let after = After(self);
+        // Its own children are told of whatever becomes of strangers.
+        let before = owner::before_dispatch(self);
+        self.check_ours()?;
         let itself = self.owner.lock().reaps_itself();
-        let reaped = if itself { self.reap_own()? } else { 0 };
+        let reaped = if itself { self.reap_own()? } else { self.told_of()? };
         self.timer.tick(self);
-        self.timer.rearm(self);
-        owner::children_changed(self);
+        drop(after);
+        before?;
         Ok(reaped)
+    }
+
+    /// A callback may have forked, and this be the child: nothing here is its own.
+    fn check_ours(&self) -> io::Result<()> {
+        if self.is_ours() { Ok(()) } else { Err(io::Error::from_raw_os_error(libc::ECHILD)) }
+    }
+
+    /// Those whose status somebody else has brought before they came here.
+    fn told_of(&self) -> io::Result<usize> {
+        let told = self.engine.dispatch_records(|exit, then| {
+            self.deliver(exit, then);
+            self.is_ours() && !self.is_closed()
+        });
+        self.check_ours()?;
+        told
     }
 
     /// Every child of this reaper that has ended.
     pub(crate) fn reap_own(self: &Arc<Self>) -> io::Result<usize> {
-        self.engine.dispatch(|exit, then| {
+        let reaped = self.engine.dispatch(|exit, then| {
             self.deliver(exit, then);
-            !self.is_closed()
-        })
+            self.is_ours() && !self.is_closed()
+        });
+        self.check_ours()?;
+        reaped
     }
 
     /// With no lock held.
@@ -309,6 +335,19 @@ impl Shared {
             orphans::adopt(body);
             // Here, where no lock is held: what a callback owns may be anything.
             drop(then);
+        }
+    }
+}
+
+/// After a look at the children, however it ends: what may have changed with them.
+pub(crate) struct After<'a>(pub(crate) &'a Arc<Shared>);
+
+impl Drop for After<'_> {
+    fn drop(&mut self) {
+        // In a child the alarm is its parent's.
+        if self.0.is_ours() {
+            self.0.timer.rearm(self.0);
+            owner::children_changed(self.0);
         }
     }
 }

@@ -170,8 +170,10 @@ pub(crate) fn acquire() -> io::Result<()> {
 /// One user less; the last puts back what was there.
 pub(crate) fn release() {
     let mut state = STATE.get().lock();
-    state.users -= 1;
-    if state.users == 0 {
+    // 0 in a child that gives up what was its parent's.
+    let Some(users) = state.users.checked_sub(1) else { return };
+    state.users = users;
+    if users == 0 {
         HANDLER.generation.store(u64::MAX, Release);
         HANDLER.displaced.store(!put_back(), Release);
     }
@@ -256,11 +258,11 @@ pub(crate) fn put_back_in_child() {
     }
 }
 
-/// Before there was a handler of ours, the kernel threw statuses away.
-pub(crate) fn was_ignored() -> bool {
+/// Our handler is installed, and without it the kernel would throw statuses away.
+pub(crate) fn would_be_ignored() -> bool {
     let ignores =
         |a: &sys_signals::KernelAction| a.handler == libc::SIG_IGN || a.flags as i32 & libc::SA_NOCLDWAIT != 0;
-    Before::get().is_some_and(|before| ignores(&before.action))
+    is_ours(&current()) && Before::get().is_some_and(|before| ignores(&before.action))
 }
 
 pub(crate) fn who() -> Sigchld {
@@ -279,11 +281,11 @@ pub(crate) fn with_reader<R>(f: impl FnOnce(BorrowedFd<'_>) -> R) -> Option<R> {
 }
 
 /// What a dispatch looks after.
-#[derive(Debug, PartialEq, Eq)]
+#[derive(Debug)]
 pub(crate) enum Checked {
     Well,
-    /// The pair was made anew: reapers must hear the new one.
-    Renewed,
+    /// The pair was made anew: reapers must hear the new one, and no more the old one, where that is there still.
+    Renewed(Option<CareFd<OwnedFd>>),
 }
 
 /// Drains the pair, finds out whether it is still the one, and says once if the handler was displaced.
@@ -309,15 +311,21 @@ pub(crate) fn check() -> io::Result<Checked> {
     {
         return Ok(Checked::Well);
     }
-    // Somebody closed the numbers (a daemon's clean-up): they are not ours to close.
+    // Somebody closed one of the numbers, or both (a daemon's clean-up): what is in their place is not ours to close.
+    let before = [state.reader, expected.unwrap_or_default()];
     let new = make_pair()?;
     state.reader = sys::identity(new.0.as_raw_fd()).unwrap_or_default();
-    let old = state.pair.replace(new);
-    if let Some((reader, writer)) = old {
-        for end in [reader, writer] {
-            let _gone = end.try_into_inner().map(IntoRawFd::into_raw_fd);
+    let mut kept = [None, None];
+    if let Some((reader, writer)) = state.pair.replace(new) {
+        for ((end, was), kept) in [reader, writer].into_iter().zip(before).zip(&mut kept) {
+            if end.get().is_some_and(|fd| sys::identity(fd.as_raw_fd()) == Some(was)) {
+                *kept = Some(end);
+            } else {
+                let _gone = end.try_into_inner().map(IntoRawFd::into_raw_fd);
+            }
         }
     }
+    let [reader, _writer] = kept;
     poke();
-    Ok(Checked::Renewed)
+    Ok(Checked::Renewed(reader))
 }

@@ -50,12 +50,14 @@ impl Timer {
 
     /// Sets the alarm by what there is to do.
     pub(crate) fn rearm(&self, shared: &Shared) {
-        let asking = {
-            let owner = shared.owner.lock();
-            let children = shared.engine.is_asking() || orphans::is_asking();
-            children && owner.reaps_itself() || owner.has_to_look_again()
-        };
+        // First: of two threads the one that looked last sets the alarm last.
         let mut inner = self.inner.lock();
+        let asking = {
+            let children = shared.engine.is_asking() || orphans::is_asking();
+            let told = shared.engine.has_records();
+            let owner = shared.owner.lock();
+            children && owner.reaps_itself() || told || owner.has_to_look_again()
+        };
         // Those whose child is gone: nobody is to be woken for them.
         while let Some(&(_, key)) = inner.grace.first()
             && shared.engine.with(key, |_| ()).is_none()

@@ -72,6 +72,13 @@ pub fn kill(pid: u32, signal: i32) {
     unsafe { libc::kill(pid.cast_signed(), signal) };
 }
 
+/// Waits until the child has ended, and leaves it to be reaped.
+pub fn until_dead(pid: u32) {
+    // SAFETY: no status is asked for.
+    let r = unsafe { libc::waitid(libc::P_PID, pid, std::ptr::null_mut(), libc::WEXITED | libc::WNOWAIT) };
+    assert_eq!(r, 0, "a child of this process that nobody has reaped");
+}
+
 pub fn without_pidfds() -> Setup {
     Setup { refuse: vec![Refuse::call(libc::SYS_pidfd_open, libc::EPERM)], ..Setup::default() }
 }

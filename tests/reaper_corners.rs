@@ -1,0 +1,322 @@
+//! Reapers in corners: statuses that come before their watch, forks inside callbacks, owners without children, displaced, refused or
+//! half closed (C1-C6).
+
+#![allow(unsafe_code, clippy::disallowed_methods, clippy::expect_used)]
+
+mod common;
+mod kit;
+mod watching;
+
+use carefork::{Claim, Exit, Fork, ForkOptions, Reaper, Sigchld, SigchldOwner};
+use common::{Refuse, Setup, isolated, isolated_with, raw};
+use crossbeam_channel::{Receiver, unbounded};
+use kit::{SOON, foreign, forked, shared};
+use std::future::Future as _;
+use std::os::fd::AsRawFd as _;
+use std::os::unix::process::ExitStatusExt as _;
+use std::panic::{AssertUnwindSafe, catch_unwind};
+use std::process::ExitStatus;
+use std::sync::Arc;
+use std::sync::atomic::Ordering::SeqCst;
+use std::task::{Context, Wake, Waker};
+use std::thread;
+use std::time::{Duration, Instant};
+use watching::{ends_with, is_readable, kill, only, run_until, sleep_on, sleeper, until_dead, watch, without_pidfds};
+
+fn owner(mode: SigchldOwner) -> Reaper {
+    let reaper = Reaper::new().expect("a reaper");
+    reaper.set_owner(mode).expect("owned");
+    reaper
+}
+
+/// Unknown children that the reaper's callback was asked about, all claimed.
+fn strangers(reaper: &Reaper) -> Receiver<Exit> {
+    let (send, receive) = unbounded();
+    reaper.on_unknown(move |exit| {
+        send.send(exit.clone()).expect("the test waits");
+        Claim::Mine
+    });
+    receive
+}
+
+/// The application waits for its own child.
+fn wait_for(pid: i32) -> ExitStatus {
+    let mut status = 0;
+    // SAFETY: `status` is live.
+    assert_eq!(unsafe { libc::waitpid(pid, &raw mut status, 0) }, pid);
+    ExitStatus::from_raw(status)
+}
+
+extern "C" fn shrug(_: i32) {}
+
+// -- the main loop
+
+/// A thread forks beside a main loop that waits: the status is there before the child is watched.
+#[test]
+fn a_status_that_comes_before_the_watch_is_told_of() {
+    isolated("a_status_that_comes_before_the_watch_is_told_of", 60, || {
+        let reaper = owner(SigchldOwner::MainLoop);
+        let child = ends_with(3);
+        let status = wait_for(child.id().cast_signed());
+        reaper.reaped(child.id(), status).expect("held by hand");
+        let (_, exits) = watch(&reaper, child);
+        assert_eq!(only(&reaper, &exits).code(), Some(3));
+        let mut child = ends_with(4);
+        child.wait().expect("a status");
+        let (watched, exits) = watch(&reaper, child);
+        assert_eq!(only(&reaper, &exits).code(), Some(4));
+        assert!(!watched.is_watched());
+    });
+}
+
+// -- a fork inside a callback, whose child comes back through the dispatch
+
+/// Forks in the callback; the child returns from it, and from the dispatch.
+fn forks(reaper: &Reaper) -> Receiver<carefork::Child> {
+    let (send, receive) = unbounded();
+    let then = move |_| {
+        // SAFETY: the child returns to the test, which ends it.
+        match unsafe { carefork::fork() }.expect("a child") {
+            Fork::Child(token) => drop(token),
+            Fork::Parent(child) => send.send(child).expect("the test waits"),
+        }
+    };
+    let mut waited = ends_with(0);
+    waited.wait().expect("a status");
+    reaper.watch(waited, then).expect("watched");
+    receive
+}
+
+fn is_child(parent: u32) -> bool {
+    raw::getpid().cast_unsigned() != parent
+}
+
+/// Dispatches until the callback has run; in the child `f`, which ends it.
+fn dispatch_on_both_sides(reaper: &Reaper, children: &Receiver<carefork::Child>, f: impl FnOnce() -> i32) {
+    let parent = raw::getpid().cast_unsigned();
+    loop {
+        let told = catch_unwind(AssertUnwindSafe(|| reaper.dispatch()));
+        if is_child(parent) {
+            let refused = told.is_ok_and(|told| told.is_err_and(|e| e.raw_os_error() == Some(libc::ECHILD)));
+            raw::exit_now(if refused { f() } else { 99 });
+        }
+        told.expect("no panic").expect("dispatch");
+        if !children.is_empty() {
+            break;
+        }
+    }
+}
+
+#[test]
+fn the_parents_callbacks_do_not_run_in_a_child_of_one_of_them() {
+    isolated("the_parents_callbacks_do_not_run_in_a_child_of_one_of_them", 60, || {
+        let reaper = Reaper::new().expect("a reaper");
+        let children = forks(&reaper);
+        let (parent, [here, there]) = (raw::getpid().cast_unsigned(), [0, 1].map(|at| &shared()[at]));
+        let mut waited = ends_with(0);
+        waited.wait().expect("a status");
+        reaper
+            .watch(waited, move |_| {
+                let side = if is_child(parent) { there } else { here };
+                side.fetch_add(1, SeqCst);
+            })
+            .expect("watched");
+        dispatch_on_both_sides(&reaper, &children, || 0);
+        assert_eq!(kit::code(&mut children.recv().expect("a child")), 0);
+        run_until(&reaper, || reaper.is_empty());
+        assert_eq!((here.load(SeqCst), there.load(SeqCst)), (1, 0));
+    });
+}
+
+/// The alarm is one open file description on both sides.
+#[test]
+fn the_parents_alarm_is_left_alone_by_a_child_of_its_callback() {
+    isolated("the_parents_alarm_is_left_alone_by_a_child_of_its_callback", 60, || {
+        let reaper = Reaper::new().expect("a reaper");
+        let [ready, set] = [0, 1].map(|at| &shared()[at]);
+        let stubborn = forked(&ForkOptions::new(), |_| {
+            kit::catch(libc::SIGTERM, shrug);
+            ready.store(1, SeqCst);
+            sleep_on()
+        });
+        while ready.load(SeqCst) == 0 {
+            thread::yield_now();
+        }
+        let (watched, exits) = watch(&reaper, stubborn);
+        let (send, children) = unbounded();
+        let mut waited = ends_with(0);
+        waited.wait().expect("a status");
+        reaper
+            .watch(waited, move |_| {
+                // SAFETY: the child returns to the test, which ends it.
+                match unsafe { carefork::fork() }.expect("a child") {
+                    Fork::Child(token) => {
+                        drop(token);
+                        // It goes on once the alarm is set.
+                        while set.load(SeqCst) == 0 {
+                            thread::yield_now();
+                        }
+                    }
+                    Fork::Parent(child) => send.send(child).expect("the test waits"),
+                }
+            })
+            .expect("watched");
+        dispatch_on_both_sides(&reaper, &children, || 0);
+        watched.terminate(Duration::from_millis(100)).expect("TERM");
+        set.store(1, SeqCst);
+        assert_eq!(kit::code(&mut children.recv().expect("a child")), 0);
+        assert_eq!(only(&reaper, &exits).signal(), Some(libc::SIGKILL));
+    });
+}
+
+#[test]
+fn a_child_of_a_callback_has_a_reaper_of_its_own_that_owns() {
+    isolated("a_child_of_a_callback_has_a_reaper_of_its_own_that_owns", 60, || {
+        let reaper = owner(SigchldOwner::WhileChildren);
+        let children = forks(&reaper);
+        dispatch_on_both_sides(&reaper, &children, || {
+            let own = owner(SigchldOwner::Always);
+            let unknown = strangers(&own);
+            let held = own.sigchld() == Sigchld::Held;
+            let pid = foreign(|| 5);
+            run_until(&own, || !unknown.is_empty());
+            let exit = unknown.recv().expect("one");
+            i32::from(!held || exit.pid != pid.cast_unsigned() || exit.code() != Some(5))
+        });
+        assert_eq!(kit::code(&mut children.recv().expect("a child")), 0);
+    });
+}
+
+// -- owners
+
+/// "While children": without any it owns nothing, and reaps nobody's.
+#[test]
+fn without_children_nothing_is_owned() {
+    isolated("without_children_nothing_is_owned", 60, || {
+        let reaper = owner(SigchldOwner::WhileChildren);
+        let pid = foreign(|| 7);
+        until_dead(pid.cast_unsigned());
+        reaper.dispatch().expect("dispatch");
+        assert_eq!(wait_for(pid).code(), Some(7));
+        // Its last child goes, by whatever way: the handler too.
+        let (_, exits) = watch(&reaper, ends_with(1));
+        assert_eq!(reaper.sigchld(), Sigchld::Held);
+        while exits.is_empty() {
+            reaper.sigchld_occurred().expect("a look");
+        }
+        assert_eq!(reaper.sigchld(), Sigchld::Free);
+        reaper.watch(ends_with(1), |_| panic!("on purpose")).expect("watched");
+        while !reaper.is_empty() {
+            drop(catch_unwind(AssertUnwindSafe(|| reaper.dispatch())));
+        }
+        assert_eq!(reaper.sigchld(), Sigchld::Free);
+    });
+}
+
+/// SIGCHLD was ignored, and then the application wants its children after all.
+#[test]
+fn whose_handler_was_displaced_it_throws_nobody_away() {
+    isolated("whose_handler_was_displaced_it_throws_nobody_away", 60, || {
+        kit::ignore(libc::SIGCHLD);
+        let reaper = owner(SigchldOwner::Selective);
+        kit::catch(libc::SIGCHLD, shrug);
+        assert_eq!(reaper.sigchld(), Sigchld::Displaced);
+        let pid = foreign(|| 7);
+        until_dead(pid.cast_unsigned());
+        reaper.dispatch().expect("dispatch");
+        assert_eq!(wait_for(pid).code(), Some(7));
+    });
+}
+
+/// Only one end of the handler's pair was closed, with a byte under way: nothing fires for ever, and no number is lost.
+#[test]
+fn half_a_pair_is_made_anew() {
+    isolated("half_a_pair_is_made_anew", 60, || {
+        let reaper = Reaper::new().expect("a reaper");
+        let before = common::self_fds();
+        reaper.set_owner(SigchldOwner::Always).expect("owned");
+        let new = || -> Vec<i32> {
+            let now = common::self_fds();
+            now.as_slice().iter().copied().filter(|fd| !before.as_slice().contains(fd)).collect()
+        };
+        let pair = new();
+        assert_eq!(pair.len(), 2);
+        // SAFETY: takes nothing.
+        let own = unsafe { libc::pthread_self() };
+        // SAFETY: a thread that runs.
+        unsafe { libc::pthread_kill(own, libc::SIGCHLD) };
+        // SAFETY: what a daemon's clean-up does.
+        unsafe { libc::close(pair[1]) };
+        for _ in 0..3 {
+            reaper.dispatch().expect("dispatch");
+        }
+        assert!(!is_readable(&reaper));
+        assert_eq!(new().len(), 2);
+    });
+}
+
+/// Where waitid is refused strangers cannot be found; its own children can.
+#[test]
+fn an_owner_that_cannot_look_for_strangers_tells_of_its_own() {
+    let setup = Setup { refuse: vec![Refuse::call(libc::SYS_waitid, libc::EPERM)], ..Setup::default() };
+    isolated_with("an_owner_that_cannot_look_for_strangers_tells_of_its_own", 60, setup, || {
+        let reaper = owner(SigchldOwner::Always);
+        let (_, exits) = watch(&reaper, ends_with(3));
+        let end = Instant::now() + raw::patience(SOON);
+        while exits.is_empty() {
+            assert!(Instant::now() < end, "nothing came");
+            let refused = reaper.dispatch();
+            assert!(refused.is_err_and(|e| e.raw_os_error() == Some(libc::EPERM)));
+        }
+        assert_eq!(exits.recv().expect("one").code(), Some(3));
+    });
+}
+
+// -- the rest
+
+/// A reaper sleeps beside it: nobody else will look.
+#[test]
+fn dropped_without_a_pidfd_it_is_reaped_by_a_reaper_that_sleeps() {
+    let name = "dropped_without_a_pidfd_it_is_reaped_by_a_reaper_that_sleeps";
+    isolated_with(name, 60, without_pidfds(), || {
+        let reaper = Reaper::new().expect("a reaper");
+        let child = sleeper();
+        let pid = child.id();
+        drop(child);
+        kill(pid, libc::SIGKILL);
+        let gone = || std::fs::metadata(format!("/proc/{pid}")).is_err();
+        let mut fds = [raw::pollfd(reaper.as_raw_fd())];
+        let end = Instant::now() + raw::patience(SOON);
+        while !gone() {
+            assert!(Instant::now() < end, "a zombie stays");
+            // Woken by its own descriptor, as an event loop is.
+            raw::poll_readable(&mut fds, end.saturating_duration_since(Instant::now()));
+            if fds[0].revents != 0 {
+                reaper.dispatch().expect("dispatch");
+            }
+        }
+    });
+}
+
+/// A waker may own anything, the last handle of the reaper too.
+#[test]
+fn a_futures_old_waker_owns_the_reaper() {
+    struct Owns(#[allow(dead_code)] Reaper);
+    impl Wake for Owns {
+        fn wake(self: Arc<Self>) {}
+    }
+    isolated("a_futures_old_waker_owns_the_reaper", 60, || {
+        let reaper = Reaper::new().expect("a reaper");
+        let child = sleeper();
+        let pid = child.id();
+        let mut future = Box::pin(reaper.exit_of(child).expect("watched"));
+        let owning = Waker::from(Arc::new(Owns(reaper)));
+        assert!(future.as_mut().poll(&mut Context::from_waker(&owning)).is_pending());
+        drop(owning);
+        let mut context = Context::from_waker(Waker::noop());
+        assert!(future.as_mut().poll(&mut context).is_pending());
+        // The reaper is closed by now.
+        assert!(future.as_mut().poll(&mut context).is_ready());
+        kill(pid, libc::SIGKILL);
+    });
+}

@@ -1,0 +1,199 @@
+//! Numbers that come round again under every arrangement of SIGCHLD: each status goes to its own child, or is lost (C1, C3, C4).
+
+#![allow(unsafe_code, clippy::disallowed_methods, clippy::expect_used)]
+
+mod common;
+mod kit;
+mod numbers;
+mod watching;
+
+use carefork::{Child, Claim, ForkOptions, Reaper, SigchldOwner};
+use common::{Refuse, Setup, isolated, isolated_with};
+use crossbeam_channel::{Receiver, unbounded};
+use kit::{InRegion, code, foreign, forked};
+use numbers::{child_with, in_a_namespace, next_pid, steal};
+use std::thread;
+use watching::{only, sleep_on, sleeper, until_dead, watch};
+
+fn owner(mode: SigchldOwner) -> Reaper {
+    let reaper = Reaper::new().expect("a reaper");
+    reaper.set_owner(mode).expect("owned");
+    reaper
+}
+
+/// Number and code of each stranger that the reaper's callback was asked about, all claimed.
+fn strangers(reaper: &Reaper) -> Receiver<(u32, Option<i32>)> {
+    let (send, receive) = unbounded();
+    reaper.on_unknown(move |exit| {
+        send.send((exit.pid, exit.code())).expect("the test waits");
+        Claim::Mine
+    });
+    receive
+}
+
+fn sleeper_with(pid: u32) -> Child {
+    next_pid(pid);
+    let child = sleeper();
+    assert_eq!(child.id(), pid, "somebody forks here");
+    child
+}
+
+fn end(mut child: Child) {
+    child.kill().expect("ours");
+    assert_eq!(code(&mut child), -libc::SIGKILL);
+}
+
+/// The owner has taken two statuses for their holders, and both numbers are others' when those ask.
+#[test]
+fn a_status_waits_for_its_holder_whoever_has_the_number() {
+    isolated("a_status_waits_for_its_holder_whoever_has_the_number", 60, || {
+        in_a_namespace(|| {
+            let (always, other) = (owner(SigchldOwner::Always), Reaper::new().expect("a reaper"));
+            let unknown = strangers(&always);
+            let mut held = child_with(300, &ForkOptions::new(), 1);
+            let (_watched, exits) = watch(&other, child_with(301, &ForkOptions::new(), 2));
+            until_dead(300);
+            until_dead(301);
+            always.dispatch().expect("dispatch");
+            let later = [sleeper_with(300), sleeper_with(301)];
+            assert_eq!(code(&mut held), 1);
+            assert_eq!(only(&other, &exits).code(), Some(2));
+            assert!(unknown.is_empty());
+            later.into_iter().for_each(end);
+        });
+    });
+}
+
+/// Between the main loop's wait and its word another thread's fork was given the number.
+#[test]
+fn the_main_loops_word_ends_nobody_who_lives() {
+    isolated("the_main_loops_word_ends_nobody_who_lives", 60, || {
+        in_a_namespace(|| {
+            let reaper = owner(SigchldOwner::MainLoop);
+            let (_, first) = watch(&reaper, child_with(300, &ForkOptions::new(), 1));
+            let status = steal(300);
+            let (watched, second) = watch(&reaper, sleeper_with(300));
+            let mut held = sleeper_with(301);
+            assert!(reaper.reaped(300, status).is_err());
+            assert!(reaper.reaped(301, status).is_err());
+            assert!(second.is_empty() && watched.is_watched());
+            assert!(matches!(held.try_wait(), Ok(None)));
+            // The first one's own pidfd tells what has become of it.
+            reaper.sigchld_occurred().expect("a look");
+            assert!(first.try_recv().is_ok_and(|exit| exit.is_lost()));
+            watched.kill().expect("ours");
+            let status = steal(300);
+            reaper.reaped(300, status).expect("known, and dead");
+            assert_eq!(second.try_recv().map(|exit| exit.signal()), Ok(Some(libc::SIGKILL)));
+            end(held);
+        });
+    });
+}
+
+/// pidfds that cannot be waited by, as before Linux 5.4: they tell all the same whose a number is.
+#[test]
+fn a_pidfd_that_cannot_be_waited_by_tells_whose_the_number_is() {
+    let refuse = vec![Refuse::when(libc::SYS_waitid, 0, libc::P_PIDFD, libc::EINVAL)];
+    let setup = Setup { refuse, ..Setup::default() };
+    isolated_with("a_pidfd_that_cannot_be_waited_by_tells_whose_the_number_is", 60, setup, || {
+        in_a_namespace(|| {
+            let mut first = child_with(300, &ForkOptions::new(), 1);
+            steal(300);
+            let mut second = child_with(300, &ForkOptions::new(), 3);
+            until_dead(300);
+            assert!(first.wait().is_err_and(|e| e.raw_os_error() == Some(libc::ECHILD)));
+            assert_eq!(code(&mut second), 3);
+            let reaper = Reaper::new().expect("a reaper");
+            let (_, first) = watch(&reaper, child_with(301, &ForkOptions::new(), 1));
+            steal(301);
+            let (_, second) = watch(&reaper, child_with(301, &ForkOptions::new(), 3));
+            until_dead(301);
+            assert!(only(&reaper, &first).is_lost());
+            assert_eq!(only(&reaper, &second).code(), Some(3));
+        });
+    });
+}
+
+/// A child whose status was stolen is written down when somebody wants that, and its number is a later child's by then.
+#[test]
+fn written_down_late_it_takes_no_place_of_a_later_child() {
+    isolated("written_down_late_it_takes_no_place_of_a_later_child", 60, || {
+        in_a_namespace(|| {
+            let first = child_with(300, &ForkOptions::new(), 1);
+            steal(300);
+            next_pid(300);
+            let mut second = forked(&ForkOptions::new().pidfd(false), |_| sleep_on());
+            assert_eq!(second.id(), 300);
+            let reaper = Reaper::new().expect("a reaper");
+            let (_, exits) = watch(&reaper, first);
+            assert!(matches!(second.try_wait(), Ok(None)), "alive, and known");
+            assert!(only(&reaper, &exits).is_lost());
+            end(second);
+        });
+    });
+}
+
+/// A stranger's status that came while some fork was under way is no later child's, whichever way that one's own is found.
+#[test]
+fn a_strangers_status_is_no_later_childs() {
+    isolated("a_strangers_status_is_no_later_childs", 60, || {
+        in_a_namespace(|| {
+            let reaper = owner(SigchldOwner::MainLoop);
+            next_pid(300);
+            assert_eq!(foreign(|| 77), 300);
+            let in_the_way = InRegion::new("in the way");
+            thread::scope(|s| {
+                let forks = s.spawn(|| forked(&ForkOptions::new().timeout_never(), |_| sleep_on()));
+                while carefork::try_no_forking().is_some() {
+                    thread::yield_now();
+                }
+                let status = steal(300);
+                assert!(reaper.reaped(300, status).is_err());
+                drop(in_the_way);
+                end(forks.join().expect("a child"));
+            });
+            for before_the_word in [true, false] {
+                let mut child = child_with(300, &ForkOptions::new(), 5);
+                let status = steal(300);
+                if before_the_word {
+                    assert!(child.wait().is_err_and(|e| e.raw_os_error() == Some(libc::ECHILD)));
+                } else {
+                    reaper.reaped(300, status).expect("held by hand");
+                    assert_eq!(code(&mut child), 5);
+                }
+            }
+        });
+    });
+}
+
+/// Strangers of a process that never stops forking are told of: those forks began later, and have not made them.
+#[test]
+fn strangers_wait_for_no_later_fork() {
+    isolated("strangers_wait_for_no_later_fork", 60, || {
+        let reaper = owner(SigchldOwner::Always);
+        let unknown = strangers(&reaper);
+        let first = foreign(|| 7).cast_unsigned();
+        until_dead(first);
+        let in_the_way = InRegion::new("in the way");
+        thread::scope(|s| {
+            let fork = || forked(&ForkOptions::new().timeout_never(), |_| sleep_on());
+            let earlier = s.spawn(fork);
+            while carefork::try_no_forking().is_some() {
+                thread::yield_now();
+            }
+            reaper.dispatch().expect("dispatch");
+            assert!(unknown.is_empty(), "a fork is under way that may have made it");
+            drop(in_the_way);
+            end(earlier.join().expect("a child"));
+            let in_the_way = InRegion::new("in the way again");
+            let later = s.spawn(fork);
+            while carefork::try_no_forking().is_some() {
+                thread::yield_now();
+            }
+            reaper.dispatch().expect("dispatch");
+            assert_eq!(unknown.try_recv(), Ok((first, Some(7))));
+            drop(in_the_way);
+            end(later.join().expect("a child"));
+        });
+    });
+}
