@@ -423,7 +423,11 @@ fn handlers_change_among_signals() {
                 });
             }
             let _stop = stop.on_drop();
-            for i in 0..2000 {
+            // However little time those threads get.
+            for i in 0.. {
+                if i >= 2000 && PLAIN.load(SeqCst) > 2000 {
+                    break;
+                }
                 if i % 2 == 0 {
                     install(plain as *const () as usize, libc::SA_RESTART);
                 } else {
@@ -446,7 +450,6 @@ fn handlers_change_among_signals() {
             reaper.set_owner(SigchldOwner::Nobody).expect("given up");
             assert_eq!(disposition(libc::SIGCHLD).0, libc::SIG_DFL);
         }
-        assert!(PLAIN.load(SeqCst) > 2000);
     });
 }
 
