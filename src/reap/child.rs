@@ -14,7 +14,8 @@ use std::time::Duration;
 
 /// A child of this process.
 ///
-/// Waiting goes by pidfd: a status is this child's or it is lost, never that of another child with the same number. Dropping
+/// Waiting goes by pidfd: a status is this child's or it is lost, never that of another child with the same number
+/// ([without pidfds](crate::Reaper#without-pidfds) less is promised). Dropping
 /// a `Child` neither kills nor waits: once it has ended, a [`Reaper`](crate::Reaper) or the next fork or wait of carefork's
 /// reaps it. In a child of this process it is nobody's: waiting and signalling are refused there.
 #[derive(Debug)]
@@ -84,7 +85,8 @@ impl Child {
         self.body.pid
     }
 
-    /// Hands the child over by its number, to code that waits for it by itself: it is not reaped from here any more.
+    /// Hands the child over by its number, to code that waits for it by itself: it is not reaped from here any more, but by a reaper that
+    /// reaps every child of the process, to which it is a stranger now.
     ///
     /// ```
     /// // SAFETY: the child uses nothing of the parent's.
@@ -105,7 +107,8 @@ impl Child {
     }
 
     /// The pidfd, readable once the child has ended; a care-fd, so that it does not linger in other children. `None` where the kernel or
-    /// a filter refused one, or [`ForkOptions::pidfd`](crate::ForkOptions::pidfd) said so: then everything else works still, with the pid.
+    /// a filter refused one, or [`ForkOptions::pidfd`](crate::ForkOptions::pidfd) said so: then everything else works by number, as well as
+    /// that can be ([without pidfds](crate::Reaper#without-pidfds)).
     pub fn pidfd(&self) -> Option<BorrowedFd<'_>> {
         self.body.pidfd()
     }

@@ -9,7 +9,7 @@
 //! | deregistered | the same slot, with nothing to call | nobody | its death |
 //! | an orphan | the process's orphans | nobody | its death |
 //! | found (SIGCHLD is owned) | `known`, until the holder asks | as above | the holder's question |
-//! | unknown | `known`, while a fork is under way | `on_unknown`, or a report | at once after |
+//! | unknown | `known`, while a fork is under way that began before it was found | `on_unknown`, or a report | at once after |
 //!
 //! | a reaper is | `watch` | `dispatch` | its descriptor |
 //! |---|---|---|---|
@@ -25,16 +25,7 @@
 //!   parent's table, so it does not matter in which state a thread that is gone has left that.
 //! - The SIGCHLD handler knows statics only, see `sigchld`.
 //!
-//! # Where there is no pidfd
-//! `pidfd_open` may be refused (Linux before 5.3, a filter). Then a reaper asks for such children by number every 10 ms:
-//!
-//! | promise | by number |
-//! |---|---|
-//! | one callback, never a hang | kept |
-//! | a stolen status is `Lost` | kept |
-//! | a number that came round again | kept against children forked by carefork in this process, not against foreign forks |
-//! | signals hit the child or nobody | kept, but for another wait in between the check and the kill |
-//! | no work for each live child | not kept: one waitid each every 10 ms |
+//! Where there is no pidfd a reaper asks by number: what is kept then and what is not, `Reaper`'s documentation says.
 
 pub(crate) mod exit;
 pub(crate) mod per_process;

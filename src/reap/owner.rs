@@ -31,7 +31,8 @@ pub enum SigchldOwner {
     WhileChildren,
     /// The reaper, for as long as it lives; it reaps every child of the process that ends.
     Always,
-    /// The reaper, for as long as it lives; it reaps its own children only.
+    /// The reaper, for as long as it lives; it reaps its own children only. Where SIGCHLD was ignored before, the handler would make zombies of
+    /// all others, which it reaps for the kernel, for as long as it is not displaced.
     Selective,
     /// The program's main loop: it waits, and tells the reaper with [`Reaper::reaped`], or has it look with
     /// [`Reaper::sigchld_occurred`]. The reaper reaps nobody by itself, and its descriptor does not tell of deaths.
@@ -119,7 +120,7 @@ impl Reaper {
     /// installs over it is left alone and reported ([`Reaper::sigchld`]).
     ///
     /// Best done before the first fork: a child forked earlier that is held by a [`Child`](crate::Child), not watched, is a
-    /// stranger to a reaper that reaps every child.
+    /// stranger to a reaper that reaps every child, and whoever holds it is told that its status is lost.
     ///
     /// # Errors
     /// As socketpair(2), epoll_create1(2) and epoll_ctl(2); ECHILD in a child of this process; `BrokenPipe` if the reaper is closed.
@@ -167,12 +168,14 @@ impl Reaper {
         }
     }
 
-    /// The main loop has waited for `pid` and got `status`: if it is one of this reaper's, its callback runs now. A status that says
+    /// The main loop has waited for `pid` and got `status`: if it is one of this reaper's, its callback runs now. For [`SigchldOwner::MainLoop`],
+    /// to be set before the child is forked: until then nobody keeps numbers. A status that says
     /// "stopped" or "continued" is taken note of and ends nobody. A child that a [`Child`](crate::Child) holds gets the status too, if it
     /// has not been asked between the two waits.
     ///
     /// # Errors
-    /// [`UnknownChild`] if it is not this reaper's, and not held by a [`Child`](crate::Child) either.
+    /// [`UnknownChild`] if it is not this reaper's, and not held by a [`Child`](crate::Child) either; or if that child has a pidfd by which it
+    /// lives, or can be waited for: then the status was another's with that number.
     pub fn reaped(&self, pid: u32, status: ExitStatus) -> Result<(), UnknownChild> {
         let shared = self.shared();
         let unknown = Err(UnknownChild { pid, status });

@@ -38,7 +38,18 @@ pub(crate) enum Then {
 /// handle keeps the reaper alive until its child has ended.
 ///
 /// In a child of this process a reaper is the parent's: everything is refused there, no callback runs, callbacks are
-/// not dropped either. Make a new one.
+/// not dropped either. Make a new one. A callback may fork; its child, should it return through the dispatch, finds that refused.
+///
+/// # Without pidfds
+/// `pidfd_open` may be refused (Linux before 5.3, a filter), or a child was forked with
+/// [`ForkOptions::pidfd`](crate::ForkOptions::pidfd) off. Such children are asked for by number, every 10 ms by a reaper:
+///
+/// | promise | by number |
+/// |---|---|
+/// | one callback, never a hang | kept |
+/// | a stolen status is lost, and no other child's | kept against children that carefork forks in this process, not against foreign forks |
+/// | signals hit the child or nobody | kept, unless another wait reaps it between the look and the kill |
+/// | no work for each live child | not kept: one system call each every 10 ms |
 ///
 /// ```
 /// use std::sync::mpsc;

@@ -10,7 +10,8 @@ use std::time::Duration;
 
 /// A child that a [`Reaper`](crate::Reaper) watches: it may be signalled, and only the reaper reaps it.
 ///
-/// Signals go by pidfd and by the entry in the table, so they reach the child or nobody. Dropping it changes nothing.
+/// Signals go by pidfd and by the entry in the table, so they reach the child or nobody ([without pidfds](crate::Reaper#without-pidfds)
+/// nearly so). Dropping it changes nothing.
 #[derive(Clone)]
 pub struct Watched {
     reaper: Weak<Shared>,
@@ -53,7 +54,8 @@ impl Watched {
     }
 
     /// SIGTERM (and SIGCONT) now, SIGKILL after `grace` unless it has ended by then; to the process group if the child leads one.
-    /// Does not wait: the reaper's descriptor becomes readable when the time has come, and the callback runs as ever.
+    /// Does not wait: the reaper's descriptor becomes readable when the time has come, and the callback runs as ever. A reaper that is closed
+    /// before that kills nobody any more.
     ///
     /// # Errors
     /// As for [`Watched::signal`]; as timerfd_create(2), and then nothing was sent.
@@ -68,7 +70,8 @@ impl Watched {
         sent
     }
 
-    /// Kills the child and forgets it: its callback is dropped and never runs, and it is reaped all the same.
+    /// Kills the child, and not the group that it may lead, and forgets it: its callback is dropped and never runs, and it is reaped all
+    /// the same.
     ///
     /// # Errors
     /// As for [`Watched::signal`]; it is forgotten then too.
