@@ -9,7 +9,7 @@ use std::time::Duration;
 /// Bucket k counts what took less than 2^k ns and no less than half of that; the last one all that took longer, from 9 minutes on.
 const BUCKETS: usize = 40;
 
-/// Written by one thread at a time, the holder of the gate's role; read by anybody at any time.
+/// Written by the holder of the gate's role, and now and then by one who never had it (`note_beside`); read by anybody at any time.
 #[derive(Debug)]
 pub(crate) struct Clocked {
     /// The generation that all of it is of: a child need not write to begin anew.
@@ -34,13 +34,29 @@ impl Clocked {
         if self.counted_in.load(Relaxed) != generation {
             self.begin(generation);
         }
-        let bucket = &self.buckets[((u64::BITS - ns.leading_zeros()) as usize).min(BUCKETS - 1)];
         // One writer: no read-modify-write needed.
+        let bucket = self.bucket(ns);
         bucket.store(bucket.load(Relaxed).wrapping_add(1), Relaxed);
         self.total.store(self.total.load(Relaxed).wrapping_add(ns), Relaxed);
         if ns > self.longest.load(Relaxed) {
             self.longest.store(ns, Relaxed);
         }
+    }
+
+    /// As `note`, by a fork that does not hold the role. The role's holder stores without looking twice: one that notes in the same
+    /// instant may undo this, which a lock on the way of every fork would not be worth.
+    #[cold]
+    pub(crate) fn note_beside(&self, ns: u64, generation: u32) {
+        if self.counted_in.load(Relaxed) != generation {
+            self.begin(generation);
+        }
+        self.bucket(ns).fetch_add(1, Relaxed);
+        self.total.fetch_add(ns, Relaxed);
+        self.longest.fetch_max(ns, Relaxed);
+    }
+
+    fn bucket(&self, ns: u64) -> &AtomicU32 {
+        &self.buckets[((u64::BITS - ns.leading_zeros()) as usize).min(BUCKETS - 1)]
     }
 
     #[cold]
@@ -138,11 +154,20 @@ mod tests {
     }
 
     #[test]
+    fn without_the_role_the_same_is_noted() {
+        let clocked = Clocked::new();
+        [700, 3, 90, u64::MAX >> 20].into_iter().for_each(|ns| clocked.note_beside(ns, 0));
+        assert_eq!(clocked.read(0), of(&[700, 3, 90, u64::MAX >> 20]));
+    }
+
+    #[test]
     fn a_child_begins_anew() {
         let clocked = Clocked::new();
         clocked.note(5, 0);
         assert_eq!(clocked.read(1), Durations::default());
         clocked.note(7, 1);
         assert_eq!((clocked.read(1).count, clocked.read(1).longest), (1, Duration::from_nanos(7)));
+        clocked.note_beside(3, 2);
+        assert_eq!((clocked.read(2).count, clocked.read(2).longest), (1, Duration::from_nanos(3)));
     }
 }

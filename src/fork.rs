@@ -180,6 +180,7 @@ impl ForkOptions<'_> {
             let_go_at: None,
             bound: FIRST_BOUND,
             outcome: None,
+            since: None,
         };
         loop {
             request.let_go_at = Some(let_go_at(request.deadline));
@@ -195,6 +196,9 @@ impl ForkOptions<'_> {
                 }
                 Ok(pid) => pid,
                 Err(e) => {
+                    if let Some(since) = request.since {
+                        runtime::waited_in_vain(since);
+                    }
                     restore(&passed);
                     return Err(ForkError::Os(e));
                 }
@@ -211,7 +215,7 @@ impl ForkOptions<'_> {
                     }
                     FIRST_BOUND
                 }
-                Some(Outcome::Again(bound)) => bound,
+                Some(Outcome::Again { bound, .. }) => bound,
                 Some(_) => 0,
             };
             // A child that was none: gone, or taken by a waitpid(-1) elsewhere, which is the same.
@@ -222,6 +226,9 @@ impl ForkOptions<'_> {
             let over = request.deadline.is_some_and(|d| clock::now() >= d);
             // Before the mask is restored: the handler of a signal that comes then may fork, which collects in the same place.
             let end = (again == 0 || over).then(|| {
+                if let Some(since) = request.since {
+                    runtime::waited_in_vain(since);
+                }
                 let outcome = request.outcome.take().unwrap_or(Outcome::Busy);
                 refused(me, outcome)
             });
@@ -230,8 +237,11 @@ impl ForkOptions<'_> {
                 return Err(error);
             }
             // Others that wait for a lock of another library's handler get it now.
+            let rested = clock::now();
             sleep(again, request.deadline);
             request.bound = again;
+            // Kept out by others, it waits until they are through, and does not count twice for it.
+            request.since.get_or_insert(rested);
             request.outcome = None;
         }
     }

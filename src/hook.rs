@@ -313,7 +313,7 @@ impl Calls {
 pub(crate) const TIMED: u32 = 64;
 /// A prepare that took less than this many ns has waited for nothing: a few system calls and page faults. Noting it would cost as much again,
 /// for a page that the fork copies.
-const WORTH_NOTING: u64 = 10_000;
+pub(crate) const WORTH_NOTING: u64 = 10_000;
 
 impl Calls {
     /// By the role's holder, in the process of that generation.

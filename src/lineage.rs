@@ -77,20 +77,25 @@ pub struct Stats {
     pub reopened: u64,
     /// Reports that found no room on fd 2.
     pub unreported: u64,
-    /// How long forks waited for other forks.
+    /// How long forks waited for other forks, refused ones too.
     pub turns: Durations,
-    /// How long forks waited for regions of other threads to end. `longest` says how long a region, or a row of them, kept one
-    /// waiting; regions that no fork has met cost nothing and are not timed.
+    /// How long forks waited for regions of other threads to end, refused ones too. `longest` says how long a region, or a row of them,
+    /// kept one waiting: from the first try to the last, with the rests and the children thrown away between them. Regions that no fork
+    /// has met cost nothing and are not timed.
     pub regions: Durations,
-    /// How long each walk along the hooks took: what they do, and the locks that they wait for.
+    /// How long each walk along the hooks took, what they do and the locks that they wait for: each one before the fork, and of those in
+    /// the parent after it (`parent`, `undo`), which threads at the gate wait for too, each one of ten microseconds or more.
     pub hooks: Durations,
-    /// How long other libraries' at-fork handlers and libc's fork took; regions that want to begin wait for that.
+    /// How long libc's fork took, with the at-fork handlers that others registered before carefork's; regions that want to begin wait
+    /// for that.
     pub copying: Durations,
     /// Programs started by [`Command`](crate::Command).
     pub programs: u64,
 }
 
 /// The counters of this process.
+///
+/// What each single hook took is in [`report`](crate::report())'s `hooks`, for `prepare` only, and not to be had while a fork is in progress.
 ///
 /// ```
 /// let stats = carefork::stats();

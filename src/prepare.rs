@@ -23,8 +23,8 @@ pub(crate) trait Steps {
     fn undo(&mut self);
     /// After `Hooks::Unregistering`: waits for those who drop, at most until then.
     fn let_leave(&mut self, _until: u64) {}
-    /// The fork, which holds the role, has waited for something.
-    fn waited(&mut self, _what: Wait, _ns: u64) {}
+    /// The fork has waited for something; `role` if it holds the role.
+    fn waited(&mut self, _what: Wait, _ns: u64, _role: bool) {}
 }
 
 /// What a fork waits for.
@@ -32,7 +32,7 @@ pub(crate) trait Steps {
 pub(crate) enum Wait {
     /// Other forks.
     Turn,
-    /// Regions of other threads, bounds and rests included.
+    /// Regions of other threads, bounds and rests included, and what lay between two tries.
     Regions,
     /// Hooks: one walk along them.
     Hooks,
@@ -68,6 +68,8 @@ pub(crate) struct Plan {
     pub(crate) let_go_at: Option<u64>,
     /// The bound to begin with.
     pub(crate) bound: u64,
+    /// Since when it waits for the regions: what an earlier try has left to be counted by this one.
+    pub(crate) since: Option<u64>,
 }
 
 /// How it ended. Only `Committed` leaves the gate shut, the hooks prepared and the role held; the signals are
@@ -81,8 +83,13 @@ pub(crate) enum Outcome {
     /// This thread and another each wait for what the other holds.
     WouldDeadlock,
     Vetoed,
-    /// To be tried again from the very beginning, other libraries' handlers included, with this bound.
-    Again(u64),
+    /// To be tried again from the very beginning, other libraries' handlers included.
+    Again {
+        /// With this bound.
+        bound: u64,
+        /// Since when it waits for the regions, which nobody has counted yet.
+        since: u64,
+    },
 }
 
 /// Runs on the forking thread, in carefork's prepare handler. Allocates nothing.
@@ -94,15 +101,21 @@ pub(crate) fn prepare<S: Seats>(
     busy: &mut Busy,
 ) -> Outcome {
     let begun = sync::now();
-    if !gate.take_role(me, plan.deadline) {
+    let role = gate.take_role(me, plan.deadline);
+    let now = sync::now();
+    match plan.since {
+        // A turn that is waited for between two tries is a part of the one wait.
+        Some(since) if !role => steps.waited(Wait::Regions, now.saturating_sub(since), role),
+        Some(_) => {}
+        None => steps.waited(Wait::Turn, now.saturating_sub(begun), role),
+    }
+    if !role {
         steps.block_signals();
         return Outcome::Busy;
     }
-    let now = sync::now();
-    steps.waited(Wait::Turn, now.saturating_sub(begun));
-    let mut run = Run { gate, me, plan, bound: plan.bound, held: false, role: true, shut_out: None };
+    let mut run = Run { gate, me, plan, bound: plan.bound, held: false, role, shut_out: plan.since };
     let outcome = run.go(steps, busy);
-    if run.role {
+    if !matches!(outcome, Outcome::Again { .. }) {
         run.regions_ended(steps);
     }
     if !matches!(outcome, Outcome::Committed(_)) {
@@ -201,7 +214,7 @@ impl<S: Seats> Run<'_, S> {
     fn hooks(&mut self, steps: &mut impl Steps, how: How) -> Hooks {
         let begun = sync::now();
         let end = steps.hooks(how);
-        steps.waited(Wait::Hooks, sync::now().saturating_sub(begun));
+        steps.waited(Wait::Hooks, sync::now().saturating_sub(begun), true);
         self.held = end == Hooks::Ready;
         end
     }
@@ -210,12 +223,12 @@ impl<S: Seats> Run<'_, S> {
     fn let_leave(&mut self, steps: &mut impl Steps) {
         let begun = sync::now();
         steps.let_leave(self.until(LAST_BOUND));
-        steps.waited(Wait::Hooks, sync::now().saturating_sub(begun));
+        steps.waited(Wait::Hooks, sync::now().saturating_sub(begun), true);
     }
 
     fn regions_ended(&mut self, steps: &mut impl Steps) {
         if let Some(begun) = self.shut_out.take() {
-            steps.waited(Wait::Regions, sync::now().saturating_sub(begun));
+            steps.waited(Wait::Regions, sync::now().saturating_sub(begun), self.role);
         }
     }
 
@@ -238,7 +251,7 @@ impl<S: Seats> Run<'_, S> {
         // The one we wait for is in a handler of another library, perhaps for a lock that this fork took there.
         let let_go = self.plan.let_go_at.is_some_and(|t| sync::now() >= t);
         if self.plan.coordinated && (let_go || (busy.entered && self.bound > 2 * FIRST_BOUND)) {
-            return Some(Outcome::Again(self.bound));
+            return Some(Outcome::Again { bound: self.bound, since: self.shut_out.unwrap_or_else(sync::now) });
         }
         self.gate.rest(self.me, rest, busy);
         None

@@ -44,6 +44,14 @@ pub(crate) struct Request {
     pub(crate) bound: u64,
     /// What became of it, for the parent.
     pub(crate) outcome: Option<Outcome>,
+    /// Since when it waits for the regions, if that is not counted yet: the next try goes on with it.
+    pub(crate) since: Option<u64>,
+}
+
+/// There is no next try for a fork that has waited since then.
+#[cold]
+pub(crate) fn waited_in_vain(since: u64) {
+    STATE.waited.regions.note_beside(clock::now().saturating_sub(since), generation_here());
 }
 
 /// What libc's fork would have called, round a fork that calls nothing. Async-signal-safe, as are the other two.
@@ -116,13 +124,17 @@ impl Steps for Handlers<'_> {
         STATE.hooks.let_leave(until);
     }
 
-    fn waited(&mut self, what: Wait, ns: u64) {
-        match what {
+    fn waited(&mut self, what: Wait, ns: u64, role: bool) {
+        let clocked = match what {
             Wait::Turn => &STATE.waited.turn,
             Wait::Regions => &STATE.waited.regions,
             Wait::Hooks => &STATE.waited.hooks,
+        };
+        if role {
+            clocked.note(ns, generation_here());
+        } else {
+            clocked.note_beside(ns, generation_here());
         }
-        .note(ns, generation_here());
     }
 }
 
@@ -201,12 +213,16 @@ fn leave_errno(passage: &Passage, errno: i32) {
 }
 
 fn prepare_coordinated(me: &Slot, request: &mut Request, collected: &mut Collected) {
-    let plan =
-        Plan { coordinated: true, deadline: request.deadline, let_go_at: request.let_go_at, bound: request.bound };
+    let Request { deadline, let_go_at, bound, since, .. } = *request;
+    let plan = Plan { coordinated: true, deadline, let_go_at, bound, since };
     let mut steps = Handlers { passage: &me.passage, coordinated: true, report: &mut collected.report, vetoed: false };
     let outcome = prepare::prepare(&STATE.gate, me, &mut steps, &plan, &mut collected.busy);
     look_for_print_wait(outcome, &mut collected.report);
     request.outcome = Some(outcome);
+    request.since = match outcome {
+        Outcome::Again { since, .. } => Some(since),
+        _ => None,
+    };
     me.passage.stage.set(match outcome {
         Outcome::Committed(shut) => Stage::Committed(shut),
         _ => Stage::Refused,
@@ -232,7 +248,7 @@ fn prepare_foreign(me: &Slot, collected: &mut Collected) {
     collected.forget();
     let budget = STATE.foreign_budget.load(Relaxed);
     let deadline = (budget != u64::MAX).then(|| clock::now().saturating_add(budget));
-    let plan = Plan { coordinated: false, deadline, let_go_at: None, bound: FIRST_BOUND };
+    let plan = Plan { coordinated: false, deadline, let_go_at: None, bound: FIRST_BOUND, since: None };
     let passage = &me.passage;
     let report = &mut *collected.report;
     let mut steps = Handlers { passage, coordinated: false, report, vetoed: false };
@@ -336,8 +352,16 @@ fn conclude(me: &Slot, stage: Stage, made: bool) {
     let mut late = false;
     if let Stage::Committed(shut) = stage {
         late = !STATE.gate.settle(shut);
-        STATE.waited.fork.note(clock::now().saturating_sub(passage.begun.get()), generation_here());
+        let copied = clock::now();
+        STATE.waited.fork.note(copied.saturating_sub(passage.begun.get()), generation_here());
         finish_hooks(if made { Phase::Parent } else { Phase::Undo });
+        if !STATE.hooks.is_empty() {
+            // The gate is shut still. Looked at first, as most have next to nothing to do here.
+            let took = clock::now().saturating_sub(copied);
+            if took >= hook::WORTH_NOTING {
+                STATE.waited.hooks.note(took, generation_here());
+            }
+        }
         if !STATE.gate.reopen(shut) {
             STATE.gate.was_reopened(shut);
         }

@@ -31,7 +31,7 @@ impl Start {
         // A signal handler that forks meanwhile forks in the middle of this one.
         me.passage.stage.set(Stage::Working);
         // Not coordinated: there is no lock of another library's handler to let go of.
-        let plan = Plan { coordinated: false, deadline, let_go_at: None, bound: FIRST_BOUND };
+        let plan = Plan { coordinated: false, deadline, let_go_at: None, bound: FIRST_BOUND, since: None };
         let mut steps = NoHooks { mask: None };
         let mut report = Report::new();
         let outcome = prepare::prepare(&STATE.gate, me, &mut steps, &plan, &mut report.busy);

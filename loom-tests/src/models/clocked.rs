@@ -39,7 +39,7 @@ fn reopened_after_commitment() {
         let w = World::reopening(2);
         let a = w.thread(1, |w, me| w.region(me));
         let clock = Clock::start(2 * LAST_BOUND);
-        let plan = Plan { coordinated: true, deadline: None, let_go_at: None, bound: FIRST_BOUND };
+        let plan = Plan { coordinated: true, deadline: None, let_go_at: None, bound: FIRST_BOUND, since: None };
         w.fork_once(w.seat(0), &mut NoHooks, &plan);
         a.join().unwrap();
         clock.stop();

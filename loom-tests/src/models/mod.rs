@@ -165,10 +165,10 @@ impl World {
     /// Forks until it has worked, or to the end of the budget.
     fn fork(&self, me: &Slot, steps: &mut impl Step, deadline: Option<u64>) -> Ended {
         let let_go_at = deadline.map(|d| d / 2);
-        let mut plan = Plan { coordinated: true, deadline, let_go_at, bound: FIRST_BOUND };
+        let mut plan = Plan { coordinated: true, deadline, let_go_at, bound: FIRST_BOUND, since: None };
         loop {
             match self.fork_once(me, steps, &plan) {
-                Ended::Not(Outcome::Again(bound)) => plan.bound = bound,
+                Ended::Not(Outcome::Again { bound, since }) => (plan.bound, plan.since) = (bound, Some(since)),
                 Ended::Reopened if deadline.is_none_or(|d| sync::now() < d) => {}
                 ended => return ended,
             }
@@ -274,7 +274,7 @@ impl World {
             if held != 0 && !std::ptr::eq(s, me) {
                 continue;
             }
-            let plan = Plan { coordinated: true, deadline: None, let_go_at: None, bound: FIRST_BOUND };
+            let plan = Plan { coordinated: true, deadline: None, let_go_at: None, bound: FIRST_BOUND, since: None };
             let outcome = prepare(&self.gate, s, &mut NoHooks, &plan, &mut Busy::NONE.clone());
             let Outcome::Committed(shut) = outcome else { panic!("the child cannot fork: {outcome:?}") };
             assert!(self.gate.reopen(shut));

@@ -58,7 +58,7 @@ fn coming_in_late() {
         assert!(w.gate.reopen(shut));
         w.gate.drop_role(me);
         let clock = thread::spawn(|| sync::advance(COURTESY));
-        let plan = Plan { coordinated: true, deadline: None, let_go_at: None, bound: LAST_BOUND };
+        let plan = Plan { coordinated: true, deadline: None, let_go_at: None, bound: LAST_BOUND, since: None };
         assert_eq!(w.fork_once(me, &mut NoHooks, &plan), Ended::Forked);
         a.join().unwrap();
         clock.join().unwrap();
