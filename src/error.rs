@@ -197,22 +197,24 @@ impl Report {
     /// One line on fd 2 about a foreign fork that goes ahead dirty; false if it could not be written at once. No allocation.
     pub(crate) fn say(&self, outcome: Outcome) -> bool {
         let mut line = Text::new();
-        line.push(b"carefork: a fork by foreign code goes ahead unguarded: ");
+        line.push(b"carefork: a fork by foreign code goes ahead unguarded:");
+        let head = line.len;
         match (outcome, self.hook) {
             (Outcome::Vetoed | Outcome::Committed(_), Some(hook)) => {
-                line.push(b"vetoed by hook ");
+                line.push(b" vetoed by hook ");
                 line.push(hook.as_bytes());
             }
             (_, Some(hook)) => {
-                line.push(b"no lock for hook ");
+                line.push(b" no lock for hook ");
                 line.push(hook.as_bytes());
             }
-            (Outcome::WouldDeadlock, None) => line.push(b"two forking threads hold locks"),
-            (_, None) if self.busy.count == 0 => line.push(b"another fork did not end"),
+            (Outcome::WouldDeadlock, None) => line.push(b" two forking threads hold locks"),
+            (_, None) if self.busy.count == 0 => line.push(b" another fork did not end"),
             _ => {}
         }
         if let Some(w) = self.print_wait {
-            line.push(b": a fork of thread ");
+            line.push(if line.len == head { b"" } else { b":" });
+            line.push(b" a fork of thread ");
             line.number(w.tid);
             line.push(b" has waited for ");
             line.push(w.stream.name().as_bytes());

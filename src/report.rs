@@ -35,6 +35,7 @@ pub fn report() -> Report {
     Report {
         pid: std::process::id(),
         lineage,
+        off: runtime::is_off(),
         regions,
         hooks: hooks(),
         waiting,
@@ -44,7 +45,8 @@ pub fn report() -> Report {
     }
 }
 
-/// What [`report`] found. Shows itself as tables of at most 100 columns.
+/// What [`report`] found. Shows itself as tables of at most 100 columns; `<=MEDIAN` and `<=P99` are upper bounds, at most twice what is
+/// true ([`Durations`]).
 #[derive(Clone, Debug, PartialEq, Eq)]
 #[non_exhaustive]
 pub struct Report {
@@ -52,6 +54,8 @@ pub struct Report {
     pub pid: u32,
     /// How it came to be.
     pub lineage: Lineage,
+    /// Gate and hooks are turned off: `CAREFORK=off` was in the environment. No fork is guarded.
+    pub off: bool,
     /// The hooks in the order in which a fork prepares them. `None` while a fork is in progress, which has them in its hands.
     pub hooks: Option<Vec<HookEntry>>,
     /// The fork that waits for a thread that is stuck printing, if one does.
@@ -180,7 +184,8 @@ impl fmt::Display for Report {
         let Lineage { generation, dirty, bypass } = self.lineage;
         write!(f, "carefork in process {}: generation {generation}", self.pid)?;
         f.write_str(if dirty { ", after a dirty fork" } else { "" })?;
-        writeln!(f, "{}", if bypass { ", after a fork without handlers" } else { "" })?;
+        f.write_str(if bypass { ", after a fork without handlers" } else { "" })?;
+        writeln!(f, "{}", if self.off { ", CAREFORK=off" } else { "" })?;
         self.show_stats(f)?;
         self.show_hooks(f)?;
         self.show_regions(f)?;
@@ -192,14 +197,15 @@ impl fmt::Display for Report {
 impl Report {
     fn show_stats(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         let s = &self.stats;
-        writeln!(f, "forks: {} own, {} by foreign code, {} refused", s.forks, s.foreign, s.refused)?;
+        let (forks, foreign, refused, programs) = (s.forks, s.foreign, s.refused, s.programs);
+        writeln!(f, "forks: {forks} own, {foreign} by foreign code, {refused} refused; {programs} programs started")?;
         let (dirty, late, inside, away) = (s.dirty, s.late, s.in_region, s.thrown_away);
         writeln!(f, "       {dirty} dirty, {late} late, {inside} inside a region, {away} children thrown away")?;
         writeln!(f, "gate: {} times reopened by a waiter; {} lines on fd 2 dropped", s.reopened, s.unreported)?;
         writeln!(
             f,
             "{:<16} {:>9} {:>8} {:>8} {:>8} {:>8}",
-            "forks waited for", "TIMES", "MEDIAN", "P99", "LONGEST", "TOTAL"
+            "forks waited for", "TIMES", "<=MEDIAN", "<=P99", "LONGEST", "TOTAL"
         )?;
         for (what, d) in
             [("  other forks", s.turns), ("  regions", s.regions), ("  hooks", s.hooks), ("  the copy", s.copying)]
@@ -280,4 +286,63 @@ impl Report {
         }
         Ok(())
     }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use std::time::Duration;
+
+    fn durations(n: u64) -> Durations {
+        let us = |k| Duration::from_micros(n * 100 + k);
+        Durations { count: n * 10, median: us(1), p99: us(2), longest: us(3), total: us(4) }
+    }
+
+    /// Every figure is another one, so that none stands in another's place.
+    #[test]
+    fn each_figure_stands_in_its_place() {
+        let stats = Stats {
+            forks: 1,
+            foreign: 2,
+            refused: 3,
+            dirty: 4,
+            late: 5,
+            in_region: 6,
+            thrown_away: 7,
+            reopened: 8,
+            unreported: 9,
+            turns: durations(1),
+            regions: durations(2),
+            hooks: durations(3),
+            copying: durations(4),
+            programs: 10,
+        };
+        let report = Report {
+            pid: 42,
+            lineage: Lineage { generation: 11, dirty: false, bypass: true },
+            off: true,
+            hooks: None,
+            waiting: None,
+            regions: Vec::new(),
+            care_fds: Vec::new(),
+            children: None,
+            stats,
+        };
+        assert_eq!(report.to_string(), TEXT, "\n{report}");
+    }
+
+    const TEXT: &str = "\
+carefork in process 42: generation 11, after a fork without handlers, CAREFORK=off
+forks: 1 own, 2 by foreign code, 3 refused; 10 programs started
+       4 dirty, 5 late, 6 inside a region, 7 children thrown away
+gate: 8 times reopened by a waiter; 9 lines on fd 2 dropped
+forks waited for     TIMES <=MEDIAN    <=P99  LONGEST    TOTAL
+  other forks           10   101 us   102 us   103 us   104 us
+  regions               20   201 us   202 us   203 us   204 us
+  hooks                 30   301 us   302 us   303 us   304 us
+  the copy              40   401 us   402 us   403 us   404 us
+hooks: a fork is in progress and has them
+threads in regions: 0
+children: the kernel does not list them
+care-fds: 0";
 }
