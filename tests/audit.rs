@@ -441,6 +441,8 @@ fn another_users_process_is_refused() {
         let error = audit_of(1).expect_err("root's");
         assert_eq!(error.kind(), io::ErrorKind::PermissionDenied, "{error}");
         assert!(error.to_string().starts_with("process 1 is not yours to look at"), "{error}");
+        // Root is told so as well, in a container.
+        assert!(error.to_string().contains("ptrace(2)"), "{error}");
     });
 }
 

@@ -35,6 +35,9 @@
 //! What [`ForkOptions`](crate::ForkOptions) keeps or closes besides is not considered.
 //!
 //! # Limits
+//! Programs that [`Command`](crate::Command) starts get nothing that *leaked*, only the descriptors that they are given: what is said of
+//! exec children is true of everybody else's.
+//!
 //! Other threads open and close meanwhile. What is closed before it was looked at is left out, what is opened after the list
 //! was read is not in it, and a number that changes hands while it is looked at is looked at again, so that no line mixes two
 //! descriptors (of those that share one inode, such as eventfds, and before Linux 5.14, it may). Descriptors
@@ -78,7 +81,8 @@ pub fn audit() -> io::Result<Audit> {
 /// # Errors
 /// [`NotFound`](io::ErrorKind::NotFound) if there is no such process or it ends meanwhile;
 /// [`PermissionDenied`](io::ErrorKind::PermissionDenied) if it is another user's: the rule is ptrace(2)'s
-/// `PTRACE_MODE_READ_FSCREDS`.
+/// `PTRACE_MODE_READ_FSCREDS`, which may refuse root as well, in a container or
+/// under a security module.
 ///
 /// ```no_run
 /// for leak in carefork::audit_of(1234)?.leaked() {

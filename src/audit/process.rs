@@ -239,7 +239,10 @@ fn explain(pid: Option<u32>, e: io::Error) -> io::Error {
         Some(pid) if gone => io::Error::new(ErrorKind::NotFound, format!("there is no process {pid}")),
         Some(pid) if e.kind() == ErrorKind::PermissionDenied => io::Error::new(
             ErrorKind::PermissionDenied,
-            format!("process {pid} is not yours to look at: run this as its owner or as root ({e})"),
+            format!(
+                "process {pid} is not yours to look at: run this as its owner or as root; if you do, the rules of ptrace(2) or of a \
+                 container are in the way ({e})"
+            ),
         ),
         Some(pid) => io::Error::new(e.kind(), format!("process {pid}: {e}")),
         None if gone => io::Error::new(ErrorKind::NotFound, format!("is /proc mounted? ({e})")),
@@ -278,7 +281,11 @@ fn field<'a>(text: &'a str, name: &'a str) -> &'a str {
 }
 
 fn watched(info: &str) -> Option<String> {
-    let numbers: Vec<&str> = lines(info, "tfd:").filter_map(|l| l.split_whitespace().next()).collect();
+    let mut numbers: Vec<RawFd> =
+        lines(info, "tfd:").filter_map(|l| l.split_whitespace().next()?.parse().ok()).collect();
+    // The kernel goes by the address of what is watched.
+    numbers.sort_unstable();
+    let numbers: Vec<String> = numbers.iter().map(RawFd::to_string).collect();
     if numbers.is_empty() { None } else { Some(format!("of {}", numbers.join(" "))) }
 }
 
@@ -328,5 +335,21 @@ fn kind_of(link: &str, metadata: Option<&Metadata>) -> Kind {
         () if kind.is_char_device() && matches!(libc::major(m.rdev()), 4 | 5 | 136..=143) => Kind::Terminal,
         () if kind.is_char_device() || kind.is_block_device() => Kind::Device,
         () => Kind::Other,
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// As Linux shows them: by where they lie in its memory.
+    #[test]
+    fn what_an_epoll_watches_rises() {
+        let info = "pos:\t0\nflags:\t02\nmnt_id:\t15\nino:\t9\n\
+                    tfd:       11 events:       19 data:                b  pos:0 ino:33 sdev:8\n\
+                    tfd:        4 events:       19 data:                4  pos:0 ino:34 sdev:8\n\
+                    tfd:      100 events:       19 data:                7  pos:0 ino:35 sdev:8\n";
+        assert_eq!(watched(info).as_deref(), Some("of 4 11 100"));
+        assert_eq!(watched("pos:\t0\n"), None);
     }
 }
