@@ -1,7 +1,7 @@
 //! What would a child of that process get? Its descriptors and signals, with what fork and exec make of them.
 
 use carefork::{audit, audit_of};
-use std::io::Write as _;
+use std::io::{self, Write as _};
 use std::process::ExitCode;
 
 const HELP: &str = "\
@@ -32,7 +32,8 @@ The table, one row for each open descriptor:
 
 Below it: signals that are caught (default after exec), ignored and blocked (both stay so across exec).
 
-Exit status: 0; 1 if something would leak into an exec child; 2 for bad usage, or no such process of yours.
+Exit status: 0; 1 if something would leak into an exec child; 2 for bad usage, or no such process of yours; 3 if
+what was found could not be written.
 ";
 
 fn main() -> ExitCode {
@@ -42,8 +43,7 @@ fn main() -> ExitCode {
     for arg in std::env::args().skip(1) {
         match arg.as_str() {
             "--help" | "-h" => {
-                print!("{HELP}");
-                return ExitCode::SUCCESS;
+                return tell(HELP, ExitCode::SUCCESS);
             }
             "--json" => json = true,
             "--self" => own = true,
@@ -64,13 +64,25 @@ fn main() -> ExitCode {
     match found {
         Ok(found) => {
             let text = if json { found.to_json() } else { found.to_string() };
-            // A reader that has seen enough (`| head`) is no reason to panic.
-            let _written = writeln!(std::io::stdout(), "{text}");
-            ExitCode::from(u8::from(found.leaked().next().is_some()))
+            tell(&format!("{text}\n"), ExitCode::from(u8::from(found.leaked().next().is_some())))
         }
         Err(e) => {
             eprintln!("forkaudit: {e}");
             ExitCode::from(2)
+        }
+    }
+}
+
+/// On standard output; `status` where it came there.
+fn tell(text: &str, status: ExitCode) -> ExitCode {
+    let mut out = io::stdout();
+    match out.write_all(text.as_bytes()).and_then(|()| out.flush()) {
+        Ok(()) => status,
+        // A reader that has seen enough (`| head`).
+        Err(e) if e.kind() == io::ErrorKind::BrokenPipe => status,
+        Err(e) => {
+            eprintln!("forkaudit: standard output: {e}");
+            ExitCode::from(3)
         }
     }
 }

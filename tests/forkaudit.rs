@@ -125,6 +125,28 @@ fn bad_usage_is_told_from_a_leak() {
     });
 }
 
+/// A full disk says nothing of leaks; a reader that has seen enough is no failure.
+#[test]
+fn what_could_not_be_written_is_told_from_a_leak() {
+    let program = forkaudit();
+    isolated("what_could_not_be_written_is_told_from_a_leak", 60, || {
+        for args in [&["--self"][..], &["--self", "--json"], &["--help"]] {
+            let onto = |out: Stdio| {
+                let done =
+                    Command::new(&program).args(args).stdin(Stdio::null()).stdout(out).output().expect("it runs");
+                (done.status.code().expect("it exits"), String::from_utf8(done.stderr).expect("UTF-8"))
+            };
+            let full = std::fs::OpenOptions::new().write(true).open("/dev/full").expect("open");
+            let (code, errors) = onto(full.into());
+            assert_eq!(code, 3, "{args:?}: {errors}");
+            assert!(errors.starts_with("forkaudit: standard output: No space left"), "{args:?}: {errors}");
+            let (reader, writer) = std::io::pipe().expect("a pipe");
+            drop(reader);
+            assert_eq!(onto(writer.into()), (0, String::new()), "{args:?}");
+        }
+    });
+}
+
 /// qemu-nbd with a client: a listening Unix socket, a connection, an image under a lock, all of them close-on-exec.
 #[test]
 fn qemu_nbd_starts_clean() {
