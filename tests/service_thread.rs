@@ -100,6 +100,26 @@ fn what_was_queued_at_a_panic_is_dropped() {
     });
 }
 
+#[test]
+fn an_unbounded_service_is_never_full() {
+    isolated("an_unbounded_service_is_never_full", 60, || {
+        let service = builder(OnChild::Restart).capacity(1).unbounded().start(handle).expect("a thread");
+        let go = keep_busy(&service);
+        for _ in 0..5000 {
+            assert!(service.try_send(Message::Add(1)).is_ok());
+        }
+        drop(go);
+        assert_eq!(service.call(Message::Sum).expect("an answer"), 5000);
+        service.stop().expect("no panic");
+    });
+}
+
+#[test]
+#[should_panic(expected = "a service's channel holds at least one message")]
+fn a_service_without_room_is_refused() {
+    drop(builder(OnChild::Restart).capacity(0));
+}
+
 /// Whoever waits for it is told, whatever it waits in, also those who found room in the channel as it ended.
 #[test]
 fn a_panic_wakes_those_who_wait() {

@@ -25,7 +25,8 @@ use std::thread::{self, JoinHandle, ThreadId};
 
 /// A thread with a state and a channel of messages to it, which works in the parent and in children.
 ///
-/// In the parent nothing stops for a fork: its thread goes on, and every message is handled once, there. What a child finds is
+/// In the parent nothing stops for a fork: its thread goes on, and every message is handled once, there. (Under
+/// [`OnChild::HandOver`] a message is handled in a region, which waits while a fork keeps the gate shut.) What a child finds is
 /// declared by [`OnChild`]. A child that goes on without exec and has cleaned up ([`spawn`](crate::spawn),
 /// [`InChild::cleanup`](crate::InChild::cleanup), [`postfork_child_noexec`](crate::postfork_child_noexec)) starts with an empty channel;
 /// its thread comes back with the first message ([`ServiceBuilder::eager`]: with the clean-up), so that a child which never uses the
