@@ -10,6 +10,8 @@
 //! - **Descriptors**: [`CareFd`] wraps one that must not linger in a child.
 //! - **Threads**: a [`Service`] has one, and a channel, that come back in a child; [`PerProcess`] makes a pool or a connection anew in
 //!   each process; [`recipes`] has rayon's and others.
+//! - **Logging**: [`mod@log`] is a logger for the `log` facade, and has guards for other people's; `carefork::tracing` (feature `tracing`) has
+//!   the same for tracing-subscriber.
 //! - **Programs**: [`Command`], started without a copy of this process.
 //! - **Other programs**: [`inherited`] takes what a parent passed, [`send_fds`] and [`recv_fds`] pass between running processes,
 //!   [`NamedFds`] keeps descriptors by name.
