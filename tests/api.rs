@@ -27,6 +27,7 @@ use std::panic::{RefUnwindSafe, UnwindSafe};
 use std::process::ExitStatus;
 use std::time::Duration;
 use std::{io, net};
+use tracing_subscriber::Registry;
 use tracing_subscriber::fmt::MakeWriter;
 
 /// Compiles if the types have the traits.
@@ -86,6 +87,7 @@ is!(BadFilter, AlreadySet, NoLogger => Error + Eq);
 is!(Logger, Guarded<Logger> => ::log::Log);
 is!(Builder, WhenFull => Default);
 is!(Logger, PerProcessMake<io::Sink, ()>, GuardedMake<fn() -> io::Stderr> => for<'a> MakeWriter<'a>);
+is!(GuardedMake<Registry> => tracing::Subscriber + Send + Sync + Debug);
 is!(RecordWriter<'static>, GuardedWriter<io::Stderr> => io::Write);
 // It has a region in it.
 is_not!(GuardedWriter<io::Stderr> => Send);
@@ -306,6 +308,8 @@ fn the_log_has_the_functions_it_is_known_by() {
     let _: fn(Guarded<Logger>) -> Logger = Guarded::into_inner;
     let _: fn(Guarded<Logger>, LevelFilter) -> Result<(), AlreadySet> = Guarded::init;
     let _: fn(io::Stderr) -> GuardedMake<io::Stderr> = guarded;
+    let _: fn(Registry) -> GuardedMake<Registry> = GuardedMake::new;
+    let _: fn(GuardedMake<Registry>) -> Registry = GuardedMake::into_inner;
     let _: fn(fn() -> (io::Sink, ())) -> PerProcessMake<io::Sink, ()> = per_process;
     let _: fn(&PerProcessMake<io::Sink, ()>) = PerProcessMake::finish;
 }

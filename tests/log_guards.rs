@@ -8,13 +8,16 @@ mod drive;
 mod logs;
 
 use carefork::log::{Builder, Guarded, Output};
-use carefork::tracing::{guarded, per_process};
+use carefork::tracing::{Guarded as GuardedSubscriber, guarded, per_process};
 use common::isolated;
 use log::LevelFilter;
 use logs::{Scratch, assert_each_once, by_pid, numbers, standard_error_to, storm};
+use std::alloc::{GlobalAlloc, Layout, System};
+use std::cell::Cell;
 use std::io;
 use std::sync::Mutex;
-use std::sync::atomic::{AtomicU64, Ordering::SeqCst};
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering::SeqCst};
+use std::thread;
 use std::time::{Duration, Instant};
 use tracing_subscriber::fmt::MakeWriter;
 
@@ -287,5 +290,246 @@ fn each_process_makes_its_own_and_drops_only_that() {
         let _writer = events.make_writer();
         drop(events);
         assert_eq!(now(), (2, 2));
+    });
+}
+
+// -- tracing's own locks
+
+/// The writer is a lock that nothing else guards.
+fn subscriber() -> impl tracing::Subscriber + Send + Sync {
+    let to = std::fs::OpenOptions::new().append(true).open("/dev/null").expect("the null device");
+    tracing_subscriber::fmt().with_ansi(false).with_writer(Mutex::new(to)).finish()
+}
+
+/// 2000 forks, both kinds, of children that do `child`, beside two threads that do `busy` without end. The forking thread does nothing with
+/// tracing before.
+fn beside(busy: impl Fn() + Sync, child: impl Fn()) {
+    carefork::set_foreign_budget(None);
+    let stop = AtomicBool::new(false);
+    let turns = [AtomicU64::new(0), AtomicU64::new(0)];
+    let tally = thread::scope(|s| {
+        let _stop = drive::Stop(&stop);
+        for turns in &turns {
+            let (stop, busy) = (&stop, &busy);
+            s.spawn(move || {
+                while !stop.load(SeqCst) {
+                    busy();
+                    turns.fetch_add(1, SeqCst);
+                }
+            });
+        }
+        drive::until(|| turns.iter().all(|n| n.load(SeqCst) > 0));
+        common::fork_many(FORKS, 1, drive::SOON, |i| {
+            logs::noexec(drive::BOTH[i as usize % 2], || {
+                child();
+                0
+            })
+        })
+    });
+    tally.expect_clean(FORKS);
+}
+
+/// A value that is written slowly, and short: a span keeps all that was recorded.
+struct Slow;
+
+impl std::fmt::Debug for Slow {
+    fn fmt(&self, _: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        thread::sleep(Duration::from_micros(50));
+        Ok(())
+    }
+}
+
+/// A span's values are behind a lock of its own.
+#[test]
+fn children_log_inside_a_span_that_threads_record_to() {
+    isolated("children_log_inside_a_span_that_threads_record_to", 240, || {
+        tracing::subscriber::set_global_default(GuardedSubscriber::new(subscriber())).expect("the first subscriber");
+        let span = tracing::info_span!("shared", n = tracing::field::Empty);
+        beside(
+            || {
+                span.record("n", tracing::field::debug(Slow));
+            },
+            || span.in_scope(|| tracing::info!("from the child")),
+        );
+    });
+}
+
+/// Threads have numbers, given and taken back under a lock: the latter by a thread-local destructor.
+#[test]
+fn children_make_spans_while_threads_come_and_go() {
+    isolated("children_make_spans_while_threads_come_and_go", 240, || {
+        tracing::subscriber::set_global_default(GuardedSubscriber::new(subscriber())).expect("the first subscriber");
+        beside(
+            || {
+                thread::spawn(|| drop(tracing::info_span!("parent's").entered())).join().expect("no panic");
+            },
+            || tracing::info_span!("child's").in_scope(|| tracing::info!("from the child")),
+        );
+    });
+}
+
+/// The same where no thread makes a span: it logs only, or closes what another has made.
+#[test]
+fn children_make_spans_while_threads_log_and_end() {
+    isolated("children_make_spans_while_threads_log_and_end", 240, || {
+        tracing::subscriber::set_global_default(GuardedSubscriber::new(subscriber())).expect("the first subscriber");
+        beside(
+            || {
+                let span = tracing::info_span!("parent's");
+                thread::scope(|s| {
+                    s.spawn(|| tracing::info!("from a thread"));
+                    s.spawn(|| drop(span));
+                });
+            },
+            || tracing::info_span!("child's").in_scope(|| tracing::info!("from the child")),
+        );
+    });
+}
+
+/// The system's allocator, in which a thread that ends stays for a while each time, so that a fork can meet it there.
+struct Lingering;
+
+thread_local! {
+    static ENDING: Cell<bool> = const { Cell::new(false) };
+}
+static MET: AtomicU64 = AtomicU64::new(0);
+static FORKED: AtomicU64 = AtomicU64::new(0);
+
+// SAFETY: every call is handed to `System` as it came.
+unsafe impl GlobalAlloc for Lingering {
+    unsafe fn alloc(&self, layout: Layout) -> *mut u8 {
+        if ENDING.get() {
+            let n = MET.fetch_add(1, SeqCst) + 1;
+            // Where a fork waits for this thread it is not to wait for the fork.
+            for _ in 0..200 {
+                if FORKED.load(SeqCst) >= n {
+                    break;
+                }
+                thread::sleep(drive::MS);
+            }
+        }
+        // SAFETY: our caller's promise is the one `System` asks for.
+        unsafe { System.alloc(layout) }
+    }
+
+    unsafe fn dealloc(&self, block: *mut u8, layout: Layout) {
+        // SAFETY: our caller's promise; the block came from `System`.
+        unsafe { System.dealloc(block, layout) }
+    }
+}
+
+#[global_allocator]
+static ALLOCATOR: Lingering = Lingering;
+
+/// The first number that comes back makes room for it, under the lock, in each of the two crates.
+#[test]
+fn forks_do_not_meet_a_thread_that_gives_its_numbers_back() {
+    isolated("forks_do_not_meet_a_thread_that_gives_its_numbers_back", 60, || {
+        tracing::subscriber::set_global_default(GuardedSubscriber::new(subscriber())).expect("the first subscriber");
+        let thread = thread::spawn(|| {
+            drop(tracing::info_span!("parent's").entered());
+            ENDING.set(true);
+        });
+        for _ in 0..2 {
+            drive::until(|| MET.load(SeqCst) > FORKED.load(SeqCst));
+            let pid = logs::noexec(drive::Kind::Coordinated, || {
+                tracing::info_span!("child's").in_scope(|| tracing::info!("from the child"));
+                0
+            });
+            FORKED.fetch_add(1, SeqCst);
+            assert_eq!(common::reap(pid, drive::SOON), common::Verdict::Exited(0));
+        }
+        thread.join().expect("no panic");
+    });
+}
+
+/// All that goes through a subscriber goes through its guard, inside a region; what asks for the type within finds it.
+#[test]
+fn each_call_of_a_subscriber_is_inside_a_region() {
+    use tracing::metadata::LevelFilter;
+    use tracing::subscriber::Interest;
+    use tracing::{Dispatch, Event, Metadata, Subscriber, dispatcher, span};
+
+    /// Which calls came, each inside a region.
+    #[derive(Default)]
+    struct Calls(Mutex<std::collections::BTreeSet<&'static str>>);
+    impl Calls {
+        fn note(&self, call: &'static str) {
+            // SAFETY: nothing is forked: it is refused, or the test fails.
+            let refused = unsafe { carefork::spawn(|| 0) };
+            assert!(matches!(refused, Err(carefork::ForkError::Forbidden { .. })), "{call}: {refused:?}");
+            self.0.lock().expect("no panic").insert(call);
+        }
+    }
+    impl Subscriber for Calls {
+        fn on_register_dispatch(&self, _: &Dispatch) {
+            self.note("on_register_dispatch");
+        }
+        fn register_callsite(&self, _: &'static Metadata<'static>) -> Interest {
+            self.note("register_callsite");
+            Interest::sometimes()
+        }
+        fn enabled(&self, _: &Metadata<'_>) -> bool {
+            self.note("enabled");
+            true
+        }
+        fn max_level_hint(&self) -> Option<LevelFilter> {
+            self.note("max_level_hint");
+            None
+        }
+        fn new_span(&self, _: &span::Attributes<'_>) -> span::Id {
+            self.note("new_span");
+            span::Id::from_u64(7)
+        }
+        fn record(&self, _: &span::Id, _: &span::Record<'_>) {
+            self.note("record");
+        }
+        fn record_follows_from(&self, _: &span::Id, _: &span::Id) {
+            self.note("record_follows_from");
+        }
+        fn event_enabled(&self, _: &Event<'_>) -> bool {
+            self.note("event_enabled");
+            true
+        }
+        fn event(&self, _: &Event<'_>) {
+            self.note("event");
+        }
+        fn enter(&self, _: &span::Id) {
+            self.note("enter");
+        }
+        fn exit(&self, _: &span::Id) {
+            self.note("exit");
+        }
+        fn clone_span(&self, _: &span::Id) -> span::Id {
+            self.note("clone_span");
+            span::Id::from_u64(8)
+        }
+        fn drop_span(&self, _: span::Id) {
+            self.note("drop_span");
+        }
+        fn try_close(&self, _: span::Id) -> bool {
+            self.note("try_close");
+            true
+        }
+        fn current_span(&self) -> tracing_core::span::Current {
+            self.note("current_span");
+            tracing_core::span::Current::none()
+        }
+    }
+
+    isolated("each_call_of_a_subscriber_is_inside_a_region", 60, || {
+        let dispatch = Dispatch::new(GuardedSubscriber::new(Calls::default()));
+        dispatcher::set_global_default(dispatch.clone()).expect("the first subscriber");
+        let span = tracing::info_span!("span", n = tracing::field::Empty);
+        span.record("n", 1);
+        span.follows_from(span::Id::from_u64(9));
+        span.clone().in_scope(|| tracing::info!("event"));
+        assert_eq!(tracing::Span::current().id(), None);
+        #[allow(deprecated)]
+        dispatch.drop_span(span::Id::from_u64(7));
+        drop(span);
+        let calls = dispatch.downcast_ref::<Calls>().expect("the type within");
+        assert!(dispatch.is::<GuardedSubscriber<Calls>>() && !dispatch.is::<u8>());
+        assert_eq!(calls.0.lock().expect("no panic").len(), 15);
     });
 }

@@ -1,7 +1,8 @@
-//! tracing-subscriber's formatting layer, safe in every child (B1, B2).
+//! tracing-subscriber, safe in every child (B1, B2).
 //!
 //! | you have | you write |
 //! |---|---|
+//! | spans | [`Guarded::new`]`(subscriber)`, whatever it writes to: a region round each call |
 //! | a new program | `fmt().with_writer(logger)` with a [`log::Logger`](crate::log::Logger): its outputs, its background writer, its rules for children |
 //! | `fmt()` to stdout, stderr, a `Mutex<File>` | [`guarded`]`(io::stderr)`: a region round each event |
 //! | tracing-appender's `non_blocking` | [`per_process`]: each process makes its own |
@@ -14,11 +15,15 @@
 //! logger.flush();
 //! ```
 //!
-//! Spans, levels and filters need nothing: they take no lock that a child could find held but one of tracing-core's, where a
-//! subscriber is being installed: do that before the first fork, or inside a region.
+//! The registry behind spans has locks of its own, which a child may find held: one in each span (`Span::record` in one thread, an event
+//! inside the same span in another), and those of its numbers for threads; filters by span have theirs. So a program with spans guards its
+//! subscriber. Levels take no lock. tracing-core has one, taken where a subscriber is being installed: do that before the first
+//! fork, or inside a region.
 
 mod guarded;
 mod per_process;
+mod subscriber;
+mod thread_end;
 
 pub use guarded::{Guarded, GuardedWriter, guarded};
 pub use per_process::{PerProcess, per_process};
