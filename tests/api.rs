@@ -87,7 +87,7 @@ is!(BadFilter, AlreadySet, NoLogger => Error + Eq);
 is!(Logger, Guarded<Logger> => ::log::Log);
 is!(Builder, WhenFull => Default);
 is!(Logger, PerProcessMake<io::Sink, ()>, GuardedMake<fn() -> io::Stderr> => for<'a> MakeWriter<'a>);
-is!(GuardedMake<Registry> => tracing::Subscriber + Send + Sync + Debug);
+is!(GuardedMake<Registry> => ::tracing::Subscriber + Send + Sync + Debug);
 is!(RecordWriter<'static>, GuardedWriter<io::Stderr> => io::Write);
 // It has a region in it.
 is_not!(GuardedWriter<io::Stderr> => Send);

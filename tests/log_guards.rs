@@ -295,14 +295,23 @@ fn each_process_makes_its_own_and_drops_only_that() {
 
 // -- tracing's own locks
 
-/// The writer is a lock that nothing else guards.
-fn subscriber() -> impl tracing::Subscriber + Send + Sync {
-    let to = std::fs::OpenOptions::new().append(true).open("/dev/null").expect("the null device");
-    tracing_subscriber::fmt().with_ansi(false).with_writer(Mutex::new(to)).finish()
+/// In a thread of its own: the forking thread gets none of the numbers that it would find in its children. The writer is a lock
+/// that nothing else guards.
+fn install() {
+    let installs = || {
+        let to = std::fs::OpenOptions::new().append(true).open("/dev/null").expect("the null device");
+        let subscriber = tracing_subscriber::fmt().with_ansi(false).with_writer(Mutex::new(to)).finish();
+        tracing::subscriber::set_global_default(GuardedSubscriber::new(subscriber)).expect("the first subscriber");
+        // Nor does this one give back any.
+        loop {
+            thread::park();
+        }
+    };
+    thread::spawn(installs);
+    drive::until(tracing::dispatcher::has_been_set);
 }
 
-/// 2000 forks, both kinds, of children that do `child`, beside two threads that do `busy` without end. The forking thread does nothing with
-/// tracing before.
+/// 2000 forks, both kinds, of children that do `child`, beside two threads that do `busy` without end.
 fn beside(busy: impl Fn() + Sync, child: impl Fn()) {
     carefork::set_foreign_budget(None);
     let stop = AtomicBool::new(false);
@@ -343,7 +352,7 @@ impl std::fmt::Debug for Slow {
 #[test]
 fn children_log_inside_a_span_that_threads_record_to() {
     isolated("children_log_inside_a_span_that_threads_record_to", 240, || {
-        tracing::subscriber::set_global_default(GuardedSubscriber::new(subscriber())).expect("the first subscriber");
+        install();
         let span = tracing::info_span!("shared", n = tracing::field::Empty);
         beside(
             || {
@@ -358,7 +367,7 @@ fn children_log_inside_a_span_that_threads_record_to() {
 #[test]
 fn children_make_spans_while_threads_come_and_go() {
     isolated("children_make_spans_while_threads_come_and_go", 240, || {
-        tracing::subscriber::set_global_default(GuardedSubscriber::new(subscriber())).expect("the first subscriber");
+        install();
         beside(
             || {
                 thread::spawn(|| drop(tracing::info_span!("parent's").entered())).join().expect("no panic");
@@ -372,7 +381,7 @@ fn children_make_spans_while_threads_come_and_go() {
 #[test]
 fn children_make_spans_while_threads_log_and_end() {
     isolated("children_make_spans_while_threads_log_and_end", 240, || {
-        tracing::subscriber::set_global_default(GuardedSubscriber::new(subscriber())).expect("the first subscriber");
+        install();
         beside(
             || {
                 let span = tracing::info_span!("parent's");
@@ -425,7 +434,7 @@ static ALLOCATOR: Lingering = Lingering;
 #[test]
 fn forks_do_not_meet_a_thread_that_gives_its_numbers_back() {
     isolated("forks_do_not_meet_a_thread_that_gives_its_numbers_back", 60, || {
-        tracing::subscriber::set_global_default(GuardedSubscriber::new(subscriber())).expect("the first subscriber");
+        install();
         let thread = thread::spawn(|| {
             drop(tracing::info_span!("parent's").entered());
             ENDING.set(true);
