@@ -301,18 +301,18 @@ pub(crate) fn check() -> io::Result<Checked> {
         );
     }
     let Some((reader, writer)) = &state.pair else { return Ok(Checked::Well) };
-    let expected = Some((HANDLER.device.load(Relaxed), HANDLER.inode.load(Relaxed)));
+    let expected = (HANDLER.device.load(Relaxed), HANDLER.inode.load(Relaxed));
     let missed = HANDLER.missed.swap(0, AcqRel) != 0;
     // Either number may be somebody's socket by now, whose bytes are not ours to take.
     if !missed
-        && sys::identity(writer.as_raw_fd()) == expected
+        && sys::identity(writer.as_raw_fd()) == Some(expected)
         && sys::identity(reader.as_raw_fd()) == Some(state.reader)
         && sys_reap::drain_socket(reader.as_raw_fd())
     {
         return Ok(Checked::Well);
     }
     // Somebody closed one of the numbers, or both (a daemon's clean-up): what is in their place is not ours to close.
-    let before = [state.reader, expected.unwrap_or_default()];
+    let before = [state.reader, expected];
     let new = make_pair()?;
     state.reader = sys::identity(new.0.as_raw_fd()).unwrap_or_default();
     let mut kept = [None, None];
