@@ -108,7 +108,7 @@ impl Builder {
         Logger::new(self.filter.build(), style, self.output, background)
     }
 
-    /// Makes the logger and installs it as `log`'s, with its level. What is queued when the process ends in order is written.
+    /// Makes the logger and installs it as `log`'s, with its level. What is queued, or in a writer's buffer, when the process ends in order is written.
     ///
     /// # Errors
     /// [`AlreadySet`] if the program has a logger.

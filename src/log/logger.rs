@@ -94,6 +94,9 @@ impl Logger {
         let inner = &*self.inner;
         let now = fork_generation();
         let sink = Arc::new(output.0);
+        if sink.is_writer() && INSTALLED.get().is_some_and(|logger| Arc::ptr_eq(&logger.inner, &self.inner)) {
+            flush_at_the_end();
+        }
         let mut losses = Arc::default();
         if inner.generation.load(Acquire) == now {
             let here = inner.here();
@@ -284,10 +287,20 @@ static INSTALLED: OnceLock<Logger> = OnceLock::new();
 
 /// After the facade took it.
 pub(super) fn installed(logger: &Logger) {
-    if INSTALLED.set(logger.clone()).is_ok() && logger.inner.background.is_some() {
+    if INSTALLED.set(logger.clone()).is_ok()
+        && (logger.inner.background.is_some() || logger.inner.here().sink.is_writer())
+    {
+        flush_at_the_end();
+    }
+}
+
+/// Once in a process and its children, where something may be kept back: in a queue, or in a buffer of somebody's writer.
+fn flush_at_the_end() {
+    static REGISTERED: OnceLock<()> = OnceLock::new();
+    REGISTERED.get_or_init(|| {
         crate::sys_write::at_exit(at_exit);
         crate::fork::at_child_end(flush);
-    }
+    });
 }
 
 extern "C" fn at_exit() {

@@ -48,7 +48,8 @@
 //! [`Builder::background`] puts records into a queue that a thread of the logger's writes out, many lines to a write(2). What happens when
 //! the queue is full is [`WhenFull`]. [`flush`] (or `log::logger().flush()`) returns when everything logged before it was written.
 //! The end of the process by exit(3) or the return of `main` does the same for the logger that [`Builder::init`] installed, and so does the
-//! end of a child of [`spawn`](crate::spawn()). A process that is killed or calls `_exit` loses what was queued; nothing is ever written twice.
+//! end of a child of [`spawn`](crate::spawn()); with no background writer too, where an [`Output::writer`] may have a buffer. A process that is
+//! killed or calls `_exit` loses what was queued; nothing is ever written twice.
 //!
 //! # Loggers that are there already
 //! [`Guarded`] makes each record of any [`Log`](::log::Log) a region; for tracing-subscriber's formatting layer there is the module

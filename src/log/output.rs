@@ -49,8 +49,8 @@ impl Output {
     }
 
     /// Anything that can be written to. Each line is one `write_all`, inside a region: forks wait meanwhile, and a writer that
-    /// is stuck for longer than a fork's budget makes it fail. Flushed by [`flush`](crate::log::flush), by a background thread also
-    /// whenever its queue is empty.
+    /// is stuck for longer than a fork's budget makes it fail. Flushed by [`flush`](crate::log::flush) and by the end of the process, by a
+    /// background thread also whenever its queue is empty.
     ///
     /// No child ever calls it, flushes it or drops it. What it logs itself goes to fd 2.
     pub fn writer(writer: impl Write + Send + 'static) -> Output {

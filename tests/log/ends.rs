@@ -1,7 +1,7 @@
 //! `flush`, and what is written when a process, a logger or a thread ends.
 
 use crate::common::{Verdict, isolated, reap};
-use crate::drive::{self, BOTH, SOON};
+use crate::drive::{self, BOTH, Kind, SOON};
 use crate::logs::{Scratch, noexec, numbers};
 use crate::{drained, ends_well, full_pipe, in_both, log_by, numbered};
 use carefork::log::{self, Builder, Logger, Output, WhenFull};
@@ -113,6 +113,42 @@ fn an_orderly_end_writes_what_is_queued() {
         assert_eq!(numbered(&by_spawn.text()), (0..lines).collect::<Vec<_>>());
         // A child that has nothing of its own has nothing to wait for, though its parent's queue is not empty.
         drop(logger);
+    });
+}
+
+/// What a writer has in its buffer too, with no thread behind it: by exit(3), by the end of a child of `spawn`; each writes what is its own.
+#[test]
+fn an_orderly_end_flushes_a_writer() {
+    isolated("ends::an_orderly_end_flushes_a_writer", 60, || {
+        let (file, own) = (Scratch::new("writer"), Scratch::new("own"));
+        let buffered = |to: &Scratch| Output::writer(std::io::BufWriter::new(to.append()));
+        // In a process of its own, whose end can be waited for.
+        ends_well(noexec(Kind::Foreign, || {
+            Builder::new().output(buffered(&file)).init().expect("the first logger");
+            ::log::info!(target: "storm", "record 0 0");
+            ends_well(noexec(Kind::Foreign, || std::process::exit(0)));
+            std::process::exit(i32::from(!file.text().is_empty()))
+        }));
+        assert_eq!(numbered(&file.text()), [0]);
+
+        Builder::new().output(Output::file(&file.0).expect("a file")).init().expect("the first logger here");
+        ends_well(noexec(Kind::Foreign, || {
+            log::set_output(buffered(&own)).expect("a logger");
+            ::log::info!(target: "storm", "record 0 1");
+            std::process::exit(0)
+        }));
+        assert_eq!(numbered(&own.text()), [1], "turned to a writer in a child that ends by exit(3)");
+        let to = own.append();
+        // SAFETY: the child uses what is the log's only.
+        let child = unsafe {
+            carefork::spawn(move || {
+                log::set_output(Output::writer(std::io::BufWriter::new(to))).expect("a logger");
+                ::log::info!(target: "storm", "record 0 2");
+                0
+            })
+        };
+        assert!(child.expect("a child").wait().expect("a status").success());
+        assert_eq!(numbered(&own.text()), [1, 2], "turned to a writer in a child of spawn");
     });
 }
 
