@@ -288,6 +288,7 @@ fn the_log_has_the_functions_it_is_known_by() {
     let _: fn(Output) -> Result<(), NoLogger> = set_output;
     let _: fn(&Logger) = Logger::flush;
     let _: fn(&Logger, Output) = Logger::set_output;
+    let _: fn(&Logger) -> u64 = Logger::lost;
     let _: fn(&Logger) -> LevelFilter = Logger::max_level;
     let _: fn() -> Builder = Builder::new;
     let _: fn(Builder, &str) -> Result<Builder, BadFilter> = Builder::filters;

@@ -136,6 +136,27 @@ impl Logger {
         }
     }
 
+    /// How many records this process has lost so far: those that found no room under [`WhenFull::Drop`] or [`WhenFull::GrowTo`], and those
+    /// that the output did not take (a full disk, a closed pipe). The log tells of them in lines of its own; this is for a program that
+    /// watches over itself. A child begins at 0, and [`set_output`](Self::set_output) leaves the number as it is.
+    ///
+    /// What is still queued is neither lost nor written: after [`flush`](Self::flush) the number says what became of everything before.
+    ///
+    /// ```
+    /// use carefork::log::{Builder, Output};
+    /// use ::log::Log;
+    /// let (reader, writer) = std::io::pipe()?;
+    /// let logger = Builder::new().output(Output::fd(writer)?).build();
+    /// drop(reader);
+    /// logger.log(&log::Record::builder().args(format_args!("nobody reads this")).build());
+    /// assert_eq!(logger.lost(), 1);
+    /// # Ok::<(), std::io::Error>(())
+    /// ```
+    pub fn lost(&self) -> u64 {
+        let inner = &*self.inner;
+        if inner.generation.load(Acquire) == fork_generation() { inner.here().losses.all() } else { 0 }
+    }
+
     /// The most verbose level that any target is logged at.
     pub fn max_level(&self) -> ::log::LevelFilter {
         self.inner.filter.filter()

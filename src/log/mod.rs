@@ -42,7 +42,8 @@
 //!
 //! An [`Output::writer`] is a stranger's code: it is called inside a region, and forks wait for it as for any region.
 //!
-//! What a disk or a closed pipe does not take is counted, and told in a line of its own when the output takes something again.
+//! What a disk or a closed pipe does not take is counted, and told in a line of its own when the output takes something again;
+//! [`Logger::lost`] has the number.
 //!
 //! # The background writer
 //! [`Builder::background`] puts records into a queue that a thread of the logger's writes out, many lines to a write(2). What happens when

@@ -24,9 +24,10 @@ pub(super) enum Message {
     Turn(Arc<Sink>),
 }
 
-/// What was not written, until a line says so.
+/// What was not written, until a line says so; and how much that was in all.
 #[derive(Debug, Default)]
 pub(super) struct Losses {
+    all: AtomicU64,
     full: AtomicU64,
     failed: AtomicU64,
     errno: AtomicI32,
@@ -34,16 +35,23 @@ pub(super) struct Losses {
 
 impl Losses {
     pub(super) fn full(&self) {
+        self.all.fetch_add(1, Relaxed);
         self.full.fetch_add(1, Relaxed);
     }
 
     pub(super) fn failed(&self, records: u64, why: &io::Error) {
+        self.all.fetch_add(records, Relaxed);
         if why.kind() == io::ErrorKind::WouldBlock {
             self.full.fetch_add(records, Relaxed);
         } else {
             self.errno.store(why.raw_os_error().unwrap_or(0), Relaxed);
             self.failed.fetch_add(records, Relaxed);
         }
+    }
+
+    /// Told or not.
+    pub(super) fn all(&self) -> u64 {
+        self.all.load(Relaxed)
     }
 
     /// Tells what was lost, if something was, now that `sink` has taken something.

@@ -11,7 +11,8 @@ use std::thread;
 const RECORDS: u64 = 300;
 
 /// The thread stuck in a write, the queue full, and some records waiting outside: forks go on, and every record is the parent's.
-fn stuck(when_full: WhenFull, capacity: usize) -> (String, String) {
+/// With what the log wrote, what its children wrote, and what it says was lost.
+fn stuck(when_full: WhenFull, capacity: usize) -> (String, String, u64) {
     let error = Scratch::new("error");
     let _redirected = standard_error_to(&error);
     let (from, to) = full_pipe();
@@ -37,18 +38,20 @@ fn stuck(when_full: WhenFull, capacity: usize) -> (String, String) {
     }
     for i in 0..40 {
         ends_well(noexec(BOTH[i % 2], || {
-            // The parent's queue is not this process's to wait for, before its first record and after.
+            // The parent's queue is not this process's to wait for, before its first record and after; nor its losses to count.
             logger.flush();
+            let before = logger.lost();
             log(&logger, 1000);
             logger.flush();
-            0
+            i32::from((before, logger.lost()) != (0, 0))
         }));
     }
     let reader = drained(from);
     logging.join().expect("no panic");
     logger.flush();
+    let lost = logger.lost();
     drop(logger);
-    (reader.join().expect("no panic"), error.text())
+    (reader.join().expect("no panic"), error.text(), lost)
 }
 
 fn assert_children_on(error: &str) {
@@ -61,8 +64,8 @@ fn a_full_queue_that_blocks_loses_nothing_at_a_fork() {
     isolated("full::a_full_queue_that_blocks_loses_nothing_at_a_fork", 60, || {
         // The second queue holds more than goes into a pipe at once.
         for capacity in [8, 90] {
-            let (text, error) = stuck(WhenFull::Block, capacity);
-            assert_eq!(numbered(&text), (0..RECORDS).collect::<Vec<_>>());
+            let (text, error, count) = stuck(WhenFull::Block, capacity);
+            assert_eq!((numbered(&text), count), ((0..RECORDS).collect::<Vec<_>>(), 0));
             assert_children_on(&error);
         }
     });
@@ -71,10 +74,10 @@ fn a_full_queue_that_blocks_loses_nothing_at_a_fork() {
 #[test]
 fn a_full_queue_that_drops_says_how_many() {
     isolated("full::a_full_queue_that_drops_says_how_many", 60, || {
-        let (text, error) = stuck(WhenFull::Drop, 8);
+        let (text, error, count) = stuck(WhenFull::Drop, 8);
         let written = numbered(&text);
         assert!(written.is_sorted() && written.len() >= 8 && (written.len() as u64) < RECORDS, "{written:?}");
-        assert_eq!(written.len() as u64 + lost(&text), RECORDS);
+        assert_eq!((written.len() as u64 + lost(&text), count), (RECORDS, lost(&text)));
         assert_children_on(&error);
     });
 }
@@ -82,11 +85,11 @@ fn a_full_queue_that_drops_says_how_many() {
 #[test]
 fn a_queue_grows_to_its_bound() {
     isolated("full::a_queue_grows_to_its_bound", 60, || {
-        let (text, error) = stuck(WhenFull::GrowTo(50), 8);
+        let (text, error, count) = stuck(WhenFull::GrowTo(50), 8);
         let written = numbered(&text);
         // What the thread has in its hands is in the queue no more.
         assert!(written.starts_with(&(0..50).collect::<Vec<_>>()) && (written.len() as u64) < RECORDS, "{written:?}");
-        assert_eq!(written.len() as u64 + lost(&text), RECORDS);
+        assert_eq!((written.len() as u64 + lost(&text), count), (RECORDS, lost(&text)));
         assert_children_on(&error);
     });
 }
@@ -152,6 +155,9 @@ fn flush_tells_what_was_lost() {
             logger.flush();
             logger.flush();
             assert_eq!((lost(&file.text()), file.text().lines().count()), (1, 1), "{}", file.text());
+            // Told, and lost for good.
+            logger.set_output(Output::file(&file.0).expect("a file"));
+            assert_eq!(logger.lost(), 1);
         }
     });
 }
