@@ -379,7 +379,7 @@ pub(crate) fn identity(fd: RawFd) -> Option<(u64, u64)> {
 }
 
 /// Whether a short write to `fd` would go through now.
-pub(crate) fn writable_now(fd: RawFd) -> bool {
+fn writable_now(fd: RawFd) -> bool {
     keep_errno(|| {
         let mut p = libc::pollfd { fd, events: libc::POLLOUT, revents: 0 };
         // SAFETY: one live pollfd, no waiting.

@@ -24,11 +24,33 @@ pub(crate) fn write(fd: RawFd, bytes: &[u8]) -> io::Result<usize> {
     }
 }
 
-/// Sleeps until `fd` takes a write, or will say why not.
-pub(crate) fn wait_writable(fd: RawFd) {
+/// As [`write`], without waiting: `WouldBlock` where there is no room, also if another thread took it since poll(2) said that there was. A
+/// kernel that cannot be asked that (for pipes, those before 6.4) may wait then.
+///
+/// # Errors
+/// As for [`write`].
+pub(crate) fn write_now(fd: RawFd, bytes: &[u8]) -> io::Result<usize> {
+    let part = libc::iovec { iov_base: bytes.as_ptr().cast_mut().cast(), iov_len: bytes.len() };
+    // At the file's own place, as write(2).
+    let at: libc::c_long = -1;
+    // SAFETY: one live iovec with the pointer and the length of `bytes`, which are only read.
+    let n = unsafe { libc::syscall(libc::SYS_pwritev2, fd, &raw const part, 1, at, at, libc::RWF_NOWAIT) };
+    match usize::try_from(n) {
+        Ok(n @ 1..) => Ok(n),
+        // A file would only not do it at once: it has no page in memory.
+        Err(_) if io::Error::last_os_error().kind() == io::ErrorKind::WouldBlock && !is_regular(fd) => {
+            Err(io::ErrorKind::WouldBlock.into())
+        }
+        // Refused, interrupted, or an error that write(2) gives as well.
+        _ => write(fd, bytes),
+    }
+}
+
+/// Sleeps until `fd` takes a write, or will say why not, for no longer than `ms` (-1: without end); whether it does. A signal ends it too.
+pub(crate) fn wait_writable(fd: RawFd, ms: i32) -> bool {
     let mut p = libc::pollfd { fd, events: libc::POLLOUT, revents: 0 };
-    // SAFETY: one live pollfd. The caller writes again whatever the answer is, so EINTR needs no care.
-    unsafe { libc::poll(&mut p, 1, -1) };
+    // SAFETY: one live pollfd.
+    unsafe { libc::poll(&mut p, 1, ms) == 1 }
 }
 
 /// Whether `fd` is a regular file, which takes a write of any length in one piece.

@@ -6,18 +6,24 @@ use super::output::Output;
 use ::log::LevelFilter;
 use std::fmt;
 
-/// What a background writer does with a record that finds no room in the queue.
+/// What a logger does with a record for which there is no room: in the queue of the background writer, or, where the thread that logs writes
+/// itself, in a pipe, a terminal or a socket.
+///
+/// The thread that logs writes itself without [`Builder::background`], and in a child on fd 2. Then there is no room where poll(2) says that a
+/// write would wait. (On a kernel before 6.4, and on a terminal, one may wait yet where several threads take the last room at once.) A file
+/// has room, or fails. An [`Output::writer`] is a stranger's code, which nothing here keeps from waiting: behind a queue it is the background
+/// thread that waits.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 #[non_exhaustive]
 pub enum WhenFull {
     /// The thread that logs waits, outside of any region of carefork's.
     #[default]
     Block,
-    /// The record is dropped and counted; a line of the log tells how many, as soon as there is room. A child on fd 2
-    /// drops and counts too, where poll(2) says that a write would wait.
+    /// The record is dropped and counted ([`Logger::lost`]); a line of the log tells how many, as soon as there is room.
     Drop,
-    /// The queue grows to this many records (a thread more, where several find the last place), and takes memory for as many as there are;
-    /// then as [`WhenFull::Drop`].
+    /// The queue grows to this many records, at least one (a thread more, where several find the last place), and takes memory for as many as
+    /// there are; then as [`WhenFull::Drop`]. The capacity that [`Builder::background`] was given says nothing then. Where there is no
+    /// queue, as [`WhenFull::Drop`].
     GrowTo(usize),
 }
 
@@ -83,13 +89,14 @@ impl Builder {
         self
     }
 
-    /// Lets a thread write, with a queue of `capacity` records, at least one, in front of it. The thread starts with the first record.
+    /// Lets a thread write, with a queue of `capacity` records, at least one, in front of it ([`WhenFull::GrowTo`] has a bound of its own). The
+    /// thread starts with the first record.
     pub fn background(mut self, capacity: usize) -> Builder {
         self.capacity = Some(capacity);
         self
     }
 
-    /// What to do when the background writer's queue is full: at first [`WhenFull::Block`].
+    /// What to do when the background writer's queue is full, or without one the pipe: at first [`WhenFull::Block`].
     pub fn when_full(mut self, policy: WhenFull) -> Builder {
         self.when_full = policy;
         self
@@ -104,8 +111,7 @@ impl Builder {
     /// The logger, not installed.
     pub fn build(mut self) -> Logger {
         let style = if self.utc { Style::utc() } else { Style::local() };
-        let background = self.capacity.map(|capacity| (capacity, self.when_full));
-        Logger::new(self.filter.build(), style, self.output, background)
+        Logger::new(self.filter.build(), style, self.output, self.capacity, self.when_full)
     }
 
     /// Makes the logger and installs it as `log`'s, with its level. What is queued, or in a writer's buffer, when the process ends in order is written.

@@ -37,8 +37,9 @@ struct Inner {
     style: Arc<Style>,
     /// The generation of the process that built it, whose lines carry no mark.
     home: u64,
-    /// Capacity, and what to do when it is used up.
-    background: Option<(usize, WhenFull)>,
+    /// The background writer's, if there is to be one.
+    capacity: Option<usize>,
+    when_full: WhenFull,
     /// The generation that `here` belongs to.
     generation: AtomicU64,
     here: RwLock<Arc<Here>>,
@@ -63,8 +64,6 @@ struct Here {
     sink: Arc<Sink>,
     queue: Option<Arc<Queue>>,
     losses: Arc<Losses>,
-    /// Does not wait for a full pipe: a child of a program that chose not to.
-    hurried: bool,
 }
 
 impl Logger {
@@ -72,14 +71,15 @@ impl Logger {
         filter: env_filter::Filter,
         style: Style,
         output: Output,
-        background: Option<(usize, WhenFull)>,
+        capacity: Option<usize>,
+        when_full: WhenFull,
     ) -> Logger {
         let home = fork_generation();
         let (style, sink) = (Arc::new(style), Arc::new(output.0));
-        let here = Here::new(sink, &style, false, background, Arc::default());
+        let here = Here::new(sink, &style, false, capacity.map(|n| (n, when_full)), Arc::default());
         let generation = AtomicU64::new(home);
         let (here, version) = (RwLock::new(here), AtomicU64::new(0));
-        Logger { inner: Arc::new(Inner { filter, style, home, background, generation, here, version }) }
+        Logger { inner: Arc::new(Inner { filter, style, home, capacity, when_full, generation, here, version }) }
     }
 
     /// Points the log somewhere else, from the next record on.
@@ -106,12 +106,13 @@ impl Logger {
                 queue.send(Message::Turn(Arc::clone(&sink)));
                 // So that nothing but the thread, until it turns, keeps the old output open.
                 let (queue, losses) = (Some(Arc::clone(queue)), Arc::clone(&here.losses));
-                inner.replace(now, Arc::new(Here { sink, queue, losses, hurried: here.hurried }));
+                inner.replace(now, Arc::new(Here { sink, queue, losses }));
                 return;
             }
             losses = Arc::clone(&here.losses);
         }
-        inner.replace(now, Here::new(sink, &inner.style, now != inner.home, inner.background, losses));
+        let background = inner.capacity.map(|n| (n, inner.when_full));
+        inner.replace(now, Here::new(sink, &inner.style, now != inner.home, background, losses));
     }
 
     /// Returns when every record that was logged before has been written, and an [`Output::writer`] was flushed. In a child that has
@@ -128,7 +129,12 @@ impl Logger {
         match &here.queue {
             Some(queue) if queue.was_started() => queue.flush(),
             _ => {
-                here.losses.tell(&here.sink, &inner.style, inner.generation.load(Acquire) != inner.home, here.hurried);
+                here.losses.tell(
+                    &here.sink,
+                    &inner.style,
+                    inner.generation.load(Acquire) != inner.home,
+                    inner.hurried(),
+                );
                 if let Err(e) = here.sink.flush() {
                     here.losses.failed(0, &e);
                 }
@@ -193,7 +199,7 @@ impl Inner {
     fn put(&self, line: &[u8], head: usize, now: u64) {
         // What a writer logs must not come back to it; and a child that finds the state held by a ghost goes without.
         if output::inside() || self.generation.load(Acquire) != now && !self.renew(now) {
-            drop(Sink::Stderr.put_line(line, head, false));
+            drop(Sink::Stderr.put_line(line, head, self.hurried()));
             return;
         }
         let here = self.here();
@@ -203,8 +209,13 @@ impl Inner {
             let head = u32::try_from(head).unwrap_or(u32::MAX);
             queue.offer((line.into(), head));
         } else {
-            here.put(line, head, &self.style, now != self.home);
+            here.put(line, head, &self.style, now != self.home, self.hurried());
         }
+    }
+
+    /// Whether the thread that logs, where it writes itself, waits for no full pipe.
+    fn hurried(&self) -> bool {
+        self.when_full != WhenFull::Block
     }
 
     /// This process's side, known to be of this generation.
@@ -230,8 +241,7 @@ impl Inner {
     fn renew(&self, now: u64) -> bool {
         let Some(mut here) = self.here.try_write() else { return false };
         if self.generation.load(Acquire) != now {
-            let hurried = self.background.is_some_and(|(_, when_full)| when_full != WhenFull::Block);
-            let fresh = Here { sink: Arc::new(Sink::Stderr), queue: None, losses: Arc::default(), hurried };
+            let fresh = Here { sink: Arc::new(Sink::Stderr), queue: None, losses: Arc::default() };
             forget(std::mem::replace(&mut here, Arc::new(fresh)));
             self.version.fetch_add(1, Release);
             self.generation.store(now, Release);
@@ -261,7 +271,7 @@ impl Drop for Inner {
     fn drop(&mut self) {
         let now = fork_generation();
         if *self.generation.get_mut() != now {
-            let nothing = Here { sink: Arc::new(Sink::Stderr), queue: None, losses: Arc::default(), hurried: false };
+            let nothing = Here { sink: Arc::new(Sink::Stderr), queue: None, losses: Arc::default() };
             forget(std::mem::replace(self.here.get_mut(), Arc::new(nothing)));
             return;
         }
@@ -286,12 +296,12 @@ impl Here {
                 Worker { sink: Arc::clone(&sink), style: Arc::clone(style), mark, losses: Arc::clone(&losses) };
             Arc::new(Queue::new(capacity, when_full, worker))
         });
-        Arc::new(Here { sink, queue, losses, hurried: false })
+        Arc::new(Here { sink, queue, losses })
     }
 
-    fn put(&self, line: &[u8], head: usize, style: &Style, mark: bool) {
-        match self.sink.put_line(line, head, self.hurried) {
-            Ok(()) => self.losses.tell(&self.sink, style, mark, self.hurried),
+    fn put(&self, line: &[u8], head: usize, style: &Style, mark: bool, hurried: bool) {
+        match self.sink.put_line(line, head, hurried) {
+            Ok(()) => self.losses.tell(&self.sink, style, mark, hurried),
             Err(stopped) => self.losses.failed(1, &stopped.why),
         }
     }
@@ -309,7 +319,7 @@ static INSTALLED: OnceLock<Logger> = OnceLock::new();
 /// After the facade took it.
 pub(super) fn installed(logger: &Logger) {
     if INSTALLED.set(logger.clone()).is_ok()
-        && (logger.inner.background.is_some() || logger.inner.here().sink.is_writer())
+        && (logger.inner.capacity.is_some() || logger.inner.here().sink.is_writer())
     {
         flush_at_the_end();
     }

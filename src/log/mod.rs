@@ -36,7 +36,7 @@
 //! # What is held over a write
 //! Nothing, where the output is a descriptor: a record is formatted into a buffer of its thread and goes out by one write(2), which the
 //! kernel keeps whole (`O_APPEND` on files; [`PIPE_BUF`](libc::PIPE_BUF), 4096 bytes, on pipes, terminals and sockets). So a full pipe stops
-//! the thread that logs, and never a fork, unless that thread is inside a region of its program's. (A region of an instant is the first record
+//! the thread that logs, unless [`WhenFull`] says otherwise, and never a fork, unless that thread is inside a region of its program's. (A region of an instant is the first record
 //! of a thread after [`set_output`]: it looks up the output.) A line that is longer than
 //! that goes to anything but a file in several lines, each with the same head, all but the last ending in a backslash.
 //!

@@ -1,6 +1,6 @@
 //! Where lines go: a descriptor, by one write(2) each and with no lock, or somebody's `Write`, inside a region.
 
-use crate::{CareFd, Mutex, sys, sys_write};
+use crate::{CareFd, Mutex, sys_write};
 use std::cell::Cell;
 use std::fmt;
 use std::fs::{File, OpenOptions};
@@ -40,7 +40,7 @@ impl Output {
 
     /// An open descriptor: a pipe, a socket, a file that was opened with `O_APPEND`.
     ///
-    /// A non-blocking one is waited for by poll(2), outside of any region.
+    /// A non-blocking one is waited for by poll(2), outside of any region, unless [`WhenFull`](crate::log::WhenFull) says otherwise.
     ///
     /// # Errors
     /// As for [`CareFd::new`]; the descriptor is closed then.
@@ -79,7 +79,7 @@ pub(super) enum Sink {
         file: CareFd<File>,
         /// What one write(2) takes in one piece.
         most: usize,
-        /// The last thing written there ends in the middle of a line: the disk was full.
+        /// The last thing written there ends in the middle of a line: the disk, or a socket, was full.
         cut: AtomicBool,
     },
     Writer(Mutex<Box<dyn Write + Send>>),
@@ -134,7 +134,7 @@ impl Sink {
                 // In a child that pointed the log at it and cleaned up afterwards it is closed.
                 let Some(file) = file.get() else { return put(libc::STDERR_FILENO, lines, hurried) };
                 let fd = file.as_raw_fd();
-                if cut.load(Relaxed) && cut.swap(false, Relaxed) && sys_write::write(fd, b"\n").is_err() {
+                if cut.load(Relaxed) && cut.swap(false, Relaxed) && put(fd, b"\n", hurried).is_err() {
                     cut.store(true, Relaxed);
                 }
                 put(fd, lines, hurried).inspect_err(|stopped| {
@@ -178,13 +178,20 @@ impl Sink {
 
 fn put(fd: RawFd, lines: &[u8], hurried: bool) -> Result<(), Stopped> {
     let mut written = 0;
-    if hurried && !sys::writable_now(fd) {
-        return Err(Stopped { written, why: io::ErrorKind::WouldBlock.into() });
-    }
     while written < lines.len() {
-        match sys_write::write(fd, &lines[written..]) {
+        let rest = &lines[written..];
+        let went = if !hurried {
+            sys_write::write(fd, rest)
+        } else if sys_write::wait_writable(fd, 0) {
+            sys_write::write_now(fd, rest)
+        } else {
+            Err(io::ErrorKind::WouldBlock.into())
+        };
+        match went {
             Ok(n) => written += n,
-            Err(e) if e.kind() == io::ErrorKind::WouldBlock && !hurried => sys_write::wait_writable(fd),
+            Err(e) if e.kind() == io::ErrorKind::WouldBlock && !hurried => {
+                sys_write::wait_writable(fd, -1);
+            }
             Err(why) => return Err(Stopped { written, why }),
         }
     }

@@ -140,7 +140,7 @@ impl Queue {
         let full = match self.when_full {
             WhenFull::Block => return self.send(message),
             WhenFull::Drop => self.tx.try_send(message).is_err(),
-            WhenFull::GrowTo(most) => self.tx.len() >= most || self.tx.send(message).is_err(),
+            WhenFull::GrowTo(most) => self.tx.len() >= most.max(1) || self.tx.send(message).is_err(),
         };
         if full {
             self.losses.full();

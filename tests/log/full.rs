@@ -3,8 +3,10 @@
 use crate::common::isolated;
 use crate::drive::{self, BOTH};
 use crate::logs::{Scratch, assert_each_once, by_pid, noexec, numbers, standard_error_to, storm};
-use crate::{drained, ends_well, full_pipe, limit_files, log_by, lost, numbered};
+use crate::{drained, ends_well, full_pipe, in_pipe, limit_files, log_by, lost, numbered};
 use carefork::log::{Builder, Logger, Output, WhenFull};
+use std::io::Read as _;
+use std::sync::Barrier;
 use std::thread;
 
 /// More than a queue and the thread's hands hold.
@@ -91,6 +93,43 @@ fn a_queue_grows_to_its_bound() {
         assert!(written.starts_with(&(0..50).collect::<Vec<_>>()) && (written.len() as u64) < RECORDS, "{written:?}");
         assert_eq!((written.len() as u64 + lost(&text), count), (RECORDS, lost(&text)));
         assert_children_on(&error);
+    });
+}
+
+/// Without a queue too: eight threads find room for one record, none of them waits, and each record is written or counted.
+#[test]
+fn a_full_pipe_that_drops_says_how_many() {
+    isolated("full::a_full_pipe_that_drops_says_how_many", 60, || {
+        for round in 0..100 {
+            let when_full = [WhenFull::Drop, WhenFull::GrowTo(50)][round % 2];
+            let (mut from, to) = full_pipe();
+            from.read_exact(&mut [0; libc::PIPE_BUF]).expect("a page");
+            let logger = Builder::new().output(Output::fd(to).expect("a pipe")).when_full(when_full).build();
+            let start = Barrier::new(8);
+            thread::scope(|s| {
+                for t in 0..8 {
+                    let (logger, start) = (&logger, &start);
+                    s.spawn(move || {
+                        // As long as the page: there is room for one.
+                        let message = format!("{} record {t} 0", "x".repeat(libc::PIPE_BUF - 150));
+                        start.wait();
+                        log_by(logger, &message);
+                    });
+                }
+            });
+            assert_eq!(logger.lost(), 7);
+            let before = in_pipe(&mut from);
+            // There is room to tell.
+            logger.flush();
+            let told = in_pipe(&mut from);
+            assert_eq!(
+                (numbered(before.trim_start_matches('-')).len(), lost(&before), lost(&told)),
+                (1, 0, 7),
+                "{told}"
+            );
+            log_by(&logger, "record 0 1");
+            assert_eq!((numbered(&in_pipe(&mut from)), logger.lost()), (vec![1], 7));
+        }
     });
 }
 

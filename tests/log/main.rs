@@ -70,6 +70,16 @@ fn full_pipe() -> (io::PipeReader, io::PipeWriter) {
     (from, to)
 }
 
+/// What is in the pipe by now.
+fn in_pipe(from: &mut io::PipeReader) -> String {
+    let mut bytes: libc::c_int = 0;
+    // SAFETY: `bytes` is live, and what this request writes to.
+    assert_eq!(unsafe { libc::ioctl(from.as_raw_fd(), libc::FIONREAD, &raw mut bytes) }, 0);
+    let mut text = vec![0; bytes as usize];
+    from.read_exact(&mut text).expect("they are there");
+    String::from_utf8(text).expect("text")
+}
+
 /// Reads what is there after the filling, until the last writer is gone.
 fn drained(mut from: io::PipeReader) -> thread::JoinHandle<String> {
     thread::spawn(move || {
