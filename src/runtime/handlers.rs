@@ -144,7 +144,6 @@ impl Steps for Handlers<'_> {
 pub(super) fn abandon_hooks() {
     STATE.hooks.reset();
     STATE.hooks.each_linked(Calls::abandon);
-    STATE.streams.abandon();
 }
 
 #[unsafe(link_section = ".text_carefork")]
@@ -326,11 +325,8 @@ pub(super) extern "C" fn on_parent() {
         me.request.store(outer, Relaxed);
         me.set_entered(true);
     }
-    // A coordinated fork leaves it there, since no errno is promised after a call that did not fail: in the parent errno may be all that is
-    // written on its page.
-    if errno != UNTOUCHED || !coordinated {
-        leave_errno(passage, if errno == UNTOUCHED { passage.errno.get() } else { errno });
-    }
+    // Other libraries' handlers come after this one, and may tell by errno whether there is a child.
+    leave_errno(passage, if errno == UNTOUCHED { passage.errno.get() } else { errno });
 }
 
 /// What the prepare handler leaves in errno, and what is still there if libc's fork made a child and nobody else's handler, on the way
@@ -425,6 +421,7 @@ fn child_is_told() {
         me.passage.stage.set(Stage::Dirty);
         me.passage.dirty.set(true);
         abandon_hooks();
+        STATE.streams.abandon();
     }
     if stage() != Stage::Mended {
         become_child(false);
@@ -479,6 +476,7 @@ pub(super) fn become_child(mending: bool) {
         finish_hooks(Phase::Child);
     } else {
         abandon_hooks();
+        STATE.streams.abandon();
     }
     if passage.marking.get() || late {
         care_table::dirty_child();
