@@ -16,10 +16,12 @@ use std::fmt;
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 #[non_exhaustive]
 pub enum WhenFull {
-    /// The thread that logs waits, outside of any region of carefork's.
+    /// The thread that logs waits, outside of any region of carefork's. So does the end of the process, until what is queued is written.
     #[default]
     Block,
-    /// The record is dropped and counted ([`Logger::lost`]); a line of the log tells how many, as soon as there is room.
+    /// The record is dropped and counted ([`Logger::lost`]); a line of the log tells how many, as soon as there is room. The end of the
+    /// process waits for what is queued only while the output goes on taking some of it: once it has taken nothing for a second, the rest is
+    /// lost and counted, but for what the thread was writing.
     Drop,
     /// The queue grows to this many records, at least one (a thread more, where several find the last place), and takes memory for as many as
     /// there are; then as [`WhenFull::Drop`]. The capacity that [`Builder::background`] was given says nothing then. Where there is no

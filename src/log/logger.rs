@@ -118,8 +118,22 @@ impl Logger {
     /// Returns when every record that was logged before has been written, and an [`Output::writer`] was flushed. In a child that has
     /// no output of its own there is nothing to wait for.
     ///
-    /// Written is handed to the kernel: it outlives this process, not a loss of power.
+    /// Written is handed to the kernel: it outlives this process, not a loss of power. The background writer is waited for under every
+    /// [`WhenFull`], also while it waits for a full pipe.
     pub fn flush(&self) {
+        self.settle(|queue| queue.flush());
+    }
+
+    /// Before the process ends.
+    fn end(&self) {
+        self.settle(|queue| {
+            if !queue.flush_while_it_moves() {
+                queue.give_up();
+            }
+        });
+    }
+
+    fn settle(&self, flush: impl FnOnce(&Queue)) {
         let inner = &*self.inner;
         // A writer that flushes the log that it is the writer of would wait for itself.
         if output::inside() || inner.generation.load(Acquire) != fork_generation() {
@@ -127,7 +141,7 @@ impl Logger {
         }
         let here = inner.here();
         match &here.queue {
-            Some(queue) if queue.was_started() => queue.flush(),
+            Some(queue) if queue.was_started() => flush(queue),
             _ => {
                 here.losses.tell(
                     &here.sink,
@@ -278,7 +292,8 @@ impl Drop for Inner {
         if let Some(queue) = &self.here.get_mut().queue
             && queue.was_started()
         {
-            queue.flush();
+            // What is left then the thread goes on with.
+            queue.flush_while_it_moves();
         }
     }
 }
@@ -292,8 +307,8 @@ impl Here {
         losses: Arc<Losses>,
     ) -> Arc<Here> {
         let queue = background.map(|(capacity, when_full)| {
-            let worker =
-                Worker { sink: Arc::clone(&sink), style: Arc::clone(style), mark, losses: Arc::clone(&losses) };
+            let (sink, style, losses) = (Arc::clone(&sink), Arc::clone(style), Arc::clone(&losses));
+            let worker = Worker { sink, style, mark, losses, steps: Arc::default() };
             Arc::new(Queue::new(capacity, when_full, worker))
         });
         Arc::new(Here { sink, queue, losses })
@@ -330,13 +345,19 @@ fn flush_at_the_end() {
     static REGISTERED: OnceLock<()> = OnceLock::new();
     REGISTERED.get_or_init(|| {
         crate::sys_write::at_exit(at_exit);
-        crate::fork::at_child_end(flush);
+        crate::fork::at_child_end(end);
     });
 }
 
 extern "C" fn at_exit() {
     // A panic must not leave a C function.
-    drop(std::panic::catch_unwind(flush));
+    drop(std::panic::catch_unwind(end));
+}
+
+fn end() {
+    if let Some(logger) = INSTALLED.get() {
+        logger.end();
+    }
 }
 
 /// [`Logger::flush`] of the logger that [`Builder::init`](super::Builder::init) installed, if there is one.

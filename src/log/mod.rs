@@ -49,8 +49,10 @@
 //! [`Builder::background`] puts records into a queue that a thread of the logger's writes out, many lines to a write(2). What happens when
 //! the queue is full is [`WhenFull`]. [`flush`] (or `log::logger().flush()`) returns when everything logged before it was written.
 //! The end of the process by exit(3) or the return of `main` does the same for the logger that [`Builder::init`] installed, and so does the
-//! end of a child of [`spawn`](crate::spawn()); with no background writer too, where an [`Output::writer`] may have a buffer. A process that is
-//! killed or calls `_exit` loses what was queued; nothing is ever written twice.
+//! end of a child of [`spawn`](crate::spawn()); with no background writer too, where an [`Output::writer`] may have a buffer. They wait for as long
+//! as it takes, unless the program chose to lose records: under [`WhenFull::Drop`] and [`WhenFull::GrowTo`] they give up when the background
+//! writer has got rid of nothing for a second, and so does the drop of the last handle of a logger that was not installed, whose thread goes on
+//! writing, though. A process that is killed or calls `_exit` loses what was queued; nothing is ever written twice.
 //!
 //! # Loggers that are there already
 //! [`Guarded`] makes each record of any [`Log`](::log::Log) a region; for tracing-subscriber's formatting layer there is the module

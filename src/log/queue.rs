@@ -7,11 +7,12 @@ use super::builder::WhenFull;
 use super::line::Style;
 use super::output::{Sink, Stopped};
 use crate::{Mutex, OnceLock, sys_signals, threads};
-use crossbeam_channel::{Receiver, Sender, bounded, unbounded};
+use crossbeam_channel::{Receiver, RecvTimeoutError, SendTimeoutError, Sender, bounded, unbounded};
 use std::io;
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicI32, AtomicU64, Ordering::Relaxed};
+use std::time::Duration;
 
 /// A line and the length of its head.
 pub(super) type Record = (Box<[u8]>, u32);
@@ -103,7 +104,11 @@ pub(super) struct Queue {
     /// The thread's side, until it is started: then nobody but the thread keeps its output open.
     worker: Mutex<Option<Worker>>,
     losses: Arc<Losses>,
+    steps: Arc<AtomicU64>,
 }
+
+/// So long the end of a program that chose to lose records waits for an output that takes nothing.
+const PATIENCE: Duration = Duration::from_secs(1);
 
 impl Queue {
     pub(super) fn new(capacity: usize, when_full: WhenFull, worker: Worker) -> Queue {
@@ -111,8 +116,8 @@ impl Queue {
             WhenFull::Block | WhenFull::Drop => bounded(capacity.max(1)),
             WhenFull::GrowTo(_) => unbounded(),
         };
-        let losses = Arc::clone(&worker.losses);
-        Queue { tx, rx, when_full, started: OnceLock::new(), worker: Mutex::new(Some(worker)), losses }
+        let (losses, steps) = (Arc::clone(&worker.losses), Arc::clone(&worker.steps));
+        Queue { tx, rx, when_full, started: OnceLock::new(), worker: Mutex::new(Some(worker)), losses, steps }
     }
 
     /// Starts the thread if this is the first record; false if there can be none.
@@ -159,6 +164,48 @@ impl Queue {
         self.send(Message::Flush(done));
         let _ = wait.recv();
     }
+
+    /// As [`flush`](Self::flush), for an end that a full pipe shall not put off where the program chose to lose records: whether all was
+    /// written.
+    pub(super) fn flush_while_it_moves(&self) -> bool {
+        if self.when_full == WhenFull::Block {
+            self.flush();
+            return true;
+        }
+        let mut seen = self.steps.load(Relaxed);
+        let mut moves = || {
+            let now = self.steps.load(Relaxed);
+            std::mem::replace(&mut seen, now) != now
+        };
+        let (done, wait) = bounded(1);
+        let mut message = Message::Flush(done);
+        while let Err(SendTimeoutError::Timeout(back)) = self.tx.send_timeout(message, PATIENCE) {
+            if !moves() {
+                return false;
+            }
+            message = back;
+        }
+        while let Err(RecvTimeoutError::Timeout) = wait.recv_timeout(PATIENCE) {
+            if !moves() {
+                return false;
+            }
+        }
+        true
+    }
+
+    /// Takes what is queued from the thread, and counts it as lost: before the end of the process.
+    pub(super) fn give_up(&self) {
+        // Others may go on logging.
+        for _ in 0..self.rx.len() {
+            match self.rx.try_recv() {
+                Ok(Message::Record(_)) => self.losses.full(),
+                // A flush that is not answered, an output with a buffer that is not to be flushed into a full pipe here.
+                #[allow(clippy::mem_forget)]
+                Ok(other) => std::mem::forget(other),
+                Err(_) => return,
+            }
+        }
+    }
 }
 
 /// The thread's side.
@@ -167,6 +214,8 @@ pub(super) struct Worker {
     pub(super) style: Arc<Style>,
     pub(super) mark: bool,
     pub(super) losses: Arc<Losses>,
+    /// Counts what it took out of the queue: it takes no more while a write is stuck.
+    pub(super) steps: Arc<AtomicU64>,
 }
 
 /// So much is gathered for one write(2).
@@ -189,6 +238,7 @@ impl Worker {
     }
 
     fn take(&mut self, message: Message, batch: &mut Batch) {
+        self.steps.fetch_add(1, Relaxed);
         match message {
             Message::Record((line, head)) => {
                 let most = self.sink.most().min(BATCH);

@@ -1,13 +1,14 @@
 //! Full queues and full pipes hold up no fork, and what was lost is told.
 
-use crate::common::isolated;
-use crate::drive::{self, BOTH};
+use crate::common::{self, isolated};
+use crate::drive::{self, BOTH, Kind};
 use crate::logs::{Scratch, assert_each_once, by_pid, noexec, numbers, standard_error_to, storm};
 use crate::{drained, ends_well, full_pipe, in_pipe, limit_files, log_by, lost, numbered};
 use carefork::log::{Builder, Logger, Output, WhenFull};
-use std::io::Read as _;
-use std::sync::Barrier;
+use std::io::{self, Read as _};
+use std::sync::{Barrier, OnceLock};
 use std::thread;
+use std::time::Duration;
 
 /// More than a queue and the thread's hands hold.
 const RECORDS: u64 = 300;
@@ -198,5 +199,72 @@ fn flush_tells_what_was_lost() {
             logger.set_output(Output::file(&file.0).expect("a file"));
             assert_eq!(logger.lost(), 1);
         }
+    });
+}
+
+/// A program that chose to lose records ends beside a full pipe, having counted what nobody will write; one that did not waits for it.
+#[test]
+fn a_full_pipe_does_not_put_off_the_end_of_who_drops() {
+    /// Registered before the logger's own, so called after it.
+    extern "C" fn count() {
+        let logger = LOGGER.get().expect("it was installed");
+        // One is in the hands of the thread; or a second one, which had room beside it.
+        common::raw::exit_now(i32::from(!(8..=9).contains(&logger.lost())));
+    }
+    static LOGGER: OnceLock<Logger> = OnceLock::new();
+    isolated("full::a_full_pipe_does_not_put_off_the_end_of_who_drops", 30, || {
+        let child = |when_full: WhenFull, to: io::PipeWriter| {
+            noexec(Kind::Foreign, || {
+                // SAFETY: `count` ends this child.
+                unsafe { libc::atexit(count) };
+                let builder = Builder::new().output(Output::fd(to).expect("a pipe")).background(5).when_full(when_full);
+                let logger = builder.init().expect("the first logger");
+                drop(LOGGER.set(logger));
+                ::log::info!("in its hands");
+                drive::a_while();
+                (0..9).for_each(|_| ::log::info!("queued, or dropped"));
+                std::process::exit(1)
+            })
+        };
+        for when_full in [WhenFull::Drop, WhenFull::GrowTo(4)] {
+            let (_from, to) = full_pipe();
+            ends_well(child(when_full, to));
+        }
+
+        let (from, to) = full_pipe();
+        let logger =
+            Builder::new().output(Output::fd(to).expect("a pipe")).background(1).when_full(WhenFull::Drop).build();
+        (0..3).for_each(|n| log_by(&logger, &format!("record 0 {n}")));
+        let lost_before = logger.lost();
+        drop(logger);
+        // The thread has what was in the queue.
+        let text = drained(from).join().expect("no panic");
+        assert_eq!(numbered(&text).len() as u64 + lost_before, 3, "{text}");
+    });
+}
+
+/// A slow reader is not a full pipe: the end waits for it, though it takes longer than it waits for one that reads nothing.
+#[test]
+fn a_slow_reader_gets_all_before_the_end() {
+    isolated("full::a_slow_reader_gets_all_before_the_end", 30, || {
+        let (mut from, to) = full_pipe();
+        let pid = noexec(Kind::Foreign, || {
+            let output = Output::fd(to).expect("a pipe");
+            Builder::new().output(output).background(20).when_full(WhenFull::Drop).init().expect("the first logger");
+            let long = "x".repeat(libc::PIPE_BUF - 200);
+            (0..16).for_each(|n| ::log::info!(target: "storm", "{long} record 0 {n}"));
+            std::process::exit(0)
+        });
+        let mut text = Vec::new();
+        for _ in 0..16 {
+            thread::sleep(Duration::from_millis(200));
+            let mut page = [0; libc::PIPE_BUF];
+            from.read_exact(&mut page).expect("a page");
+            text.extend_from_slice(&page);
+        }
+        from.read_to_end(&mut text).expect("the rest");
+        ends_well(pid);
+        let text = String::from_utf8(text).expect("text");
+        assert_eq!(numbered(text.trim_start_matches('-')), (0..16).collect::<Vec<_>>());
     });
 }
