@@ -103,6 +103,45 @@ fn simplelog_to_several() {
     });
 }
 
+/// Each call of the logger's is in a region, a question for the level and a flush too: it may take its lock there.
+#[test]
+fn every_call_is_in_a_region() {
+    static CALLS: Mutex<Vec<(&str, bool)>> = Mutex::new(Vec::new());
+    struct Asks;
+    fn note(call: &'static str) {
+        // SAFETY: nothing is borrowed, and the child, if there is one, ends at once.
+        let in_region = match unsafe { carefork::fork() } {
+            Ok(carefork::Fork::Child(child)) => child.exit(0),
+            Ok(carefork::Fork::Parent(mut child)) => child.wait().is_err(),
+            Err(e) => matches!(e, carefork::ForkError::Forbidden { .. }),
+        };
+        CALLS.lock().expect("not poisoned").push((call, in_region));
+    }
+    impl log::Log for Asks {
+        fn enabled(&self, _: &log::Metadata<'_>) -> bool {
+            note("enabled");
+            true
+        }
+
+        fn log(&self, _: &log::Record<'_>) {
+            note("log");
+        }
+
+        fn flush(&self) {
+            note("flush");
+        }
+    }
+    isolated("every_call_is_in_a_region", 60, || {
+        Guarded::new(Asks).init(LevelFilter::Info).expect("the first logger");
+        assert!(log::log_enabled!(log::Level::Info));
+        log::info!("a record");
+        log::logger().flush();
+        note("outside");
+        let calls = CALLS.lock().expect("not poisoned");
+        assert_eq!(*calls, [("enabled", true), ("log", true), ("flush", true), ("outside", false)]);
+    });
+}
+
 // -- tracing
 
 fn tracing_to<M: for<'a> MakeWriter<'a> + Send + Sync + 'static>(writer: M) {

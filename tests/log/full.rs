@@ -1,11 +1,12 @@
 //! Full queues and full pipes hold up no fork, and what was lost is told.
 
-use crate::common::{self, isolated};
+use crate::common::{self, check, isolated};
 use crate::drive::{self, BOTH, Kind};
 use crate::logs::{Scratch, assert_each_once, by_pid, noexec, numbers, standard_error_to, storm};
-use crate::{drained, ends_well, full_pipe, in_pipe, limit_files, log_by, lost, numbered};
+use crate::{drained, ends_well, full_pipe, in_both, in_pipe, limit_files, log_by, lost, numbered};
 use carefork::log::{Builder, Logger, Output, WhenFull};
 use std::io::{self, Read as _};
+use std::os::fd::AsRawFd as _;
 use std::sync::{Barrier, OnceLock};
 use std::thread;
 use std::time::Duration;
@@ -130,6 +131,37 @@ fn a_full_pipe_that_drops_says_how_many() {
             );
             log_by(&logger, "record 0 1");
             assert_eq!((numbered(&in_pipe(&mut from)), logger.lost()), (vec![1], 7));
+        }
+    });
+}
+
+/// A child on fd 2 neither, and the line that tells what it lost is its own.
+#[test]
+fn a_child_whose_fd_2_is_full_drops_and_says_how_many() {
+    isolated("full::a_child_whose_fd_2_is_full_drops_and_says_how_many", 20, || {
+        for (background, when_full) in
+            [(None, WhenFull::Drop), (Some(8), WhenFull::Drop), (Some(8), WhenFull::GrowTo(9))]
+        {
+            let file = Scratch::new("parent");
+            let builder = background.map_or(Builder::new(), |n| Builder::new().background(n)).when_full(when_full);
+            let logger = builder.output(Output::file(&file.0).expect("a file")).build();
+            log_by(&logger, "record 0 0");
+            in_both(|| {
+                let (mut from, to) = full_pipe();
+                // SAFETY: this child's own fd 2.
+                check(1, unsafe { libc::dup2(to.as_raw_fd(), 2) } == 2);
+                (1..4).for_each(|n| log_by(&logger, &format!("record 0 {n}")));
+                check(2, logger.lost() == 3);
+                check(3, in_pipe(&mut from).bytes().all(|b| b == b'-'));
+                log_by(&logger, "record 0 4");
+                let text = in_pipe(&mut from);
+                let mark = format!("[pid {} ", std::process::id());
+                check(4, text.lines().count() == 2 && text.lines().all(|line| line.contains(&mark)));
+                check(5, (numbered(&text), lost(&text), logger.lost()) == (vec![4], 3, 3));
+                0
+            });
+            logger.flush();
+            assert_eq!((numbered(&file.text()), logger.lost()), (vec![0], 0));
         }
     });
 }

@@ -16,6 +16,7 @@ mod ends;
 mod full;
 mod once;
 mod output;
+mod settings;
 
 use carefork::log::Logger;
 use common::{Verdict, reap};

@@ -1,10 +1,12 @@
 //! Outputs that are slow, full, buffered, turned away from, or misbehave.
 
 use crate::common::{self, isolated};
+use crate::drive;
 use crate::logs::{Scratch, standard_error_to};
-use crate::{drained, in_both, limit_files, log_by, lost, numbered};
+use crate::{drained, full_pipe, in_both, limit_files, log_by, lost, numbered};
 use carefork::log::{self, Builder, Output};
 use std::io::{self, Write};
+use std::os::fd::AsRawFd;
 use std::sync::{Arc, Mutex};
 
 #[test]
@@ -32,6 +34,31 @@ fn a_long_line_goes_to_a_pipe_in_pieces_and_to_a_file_in_one() {
         }
         assert_eq!((joined, text.lines().count()), (message(10_000), 3));
     }
+}
+
+/// A descriptor that says EAGAIN is slept for, not asked again and again, and loses nothing.
+#[test]
+fn a_non_blocking_pipe_is_waited_for() {
+    isolated("output::a_non_blocking_pipe_is_waited_for", 10, || {
+        for background in [None, Some(4)] {
+            let (from, to) = full_pipe();
+            // SAFETY: takes numbers only.
+            assert_eq!(unsafe { libc::fcntl(to.as_raw_fd(), libc::F_SETFL, libc::O_NONBLOCK) }, 0);
+            let builder = background.map_or(Builder::new(), |n| Builder::new().background(n));
+            let logger = builder.output(Output::fd(to).expect("a pipe")).build();
+            let logging = std::thread::spawn(move || {
+                (0..3).for_each(|n| log_by(&logger, &format!("record 0 {n}")));
+                logger.flush();
+                logger.lost()
+            });
+            drive::a_while();
+            drive::until_others_sleep();
+            assert!(!logging.is_finished());
+            let reader = drained(from);
+            assert_eq!(logging.join().expect("no panic"), 0);
+            assert_eq!(numbered(&reader.join().expect("no panic")), [0, 1, 2]);
+        }
+    });
 }
 
 /// The disk takes a part of a line, then nothing, then everything again: the torn line is a line by itself, and what was lost is told.
