@@ -98,6 +98,16 @@ fn a_queue_grows_to_its_bound() {
     });
 }
 
+#[test]
+fn a_queue_that_grows_to_nothing_holds_one() {
+    let file = Scratch::new("one");
+    let output = Output::file(&file.0).expect("a file");
+    let logger = Builder::new().output(output).background(8).when_full(WhenFull::GrowTo(0)).build();
+    log_by(&logger, "record 0 0");
+    logger.flush();
+    assert_eq!((numbered(&file.text()), logger.lost()), (vec![0], 0));
+}
+
 /// Without a queue too: eight threads find room for one record, none of them waits, and each record is written or counted.
 #[test]
 fn a_full_pipe_that_drops_says_how_many() {
