@@ -7,7 +7,7 @@ mod common;
 mod kit;
 mod watching;
 
-use carefork::{Claim, Exit, Fork, ForkOptions, Reaper, Sigchld, SigchldOwner};
+use carefork::{Fork, ForkOptions, Reaper, Sigchld, SigchldOwner};
 use common::{Refuse, Setup, isolated, isolated_with, raw};
 use crossbeam_channel::{Receiver, unbounded};
 use kit::{SOON, foreign, forked, shared};
@@ -21,23 +21,10 @@ use std::sync::atomic::Ordering::SeqCst;
 use std::task::{Context, Wake, Waker};
 use std::thread;
 use std::time::{Duration, Instant};
-use watching::{ends_with, is_readable, kill, only, run_until, sleep_on, sleeper, until_dead, watch, without_pidfds};
-
-fn owner(mode: SigchldOwner) -> Reaper {
-    let reaper = Reaper::new().expect("a reaper");
-    reaper.set_owner(mode).expect("owned");
-    reaper
-}
-
-/// Unknown children that the reaper's callback was asked about, all claimed.
-fn strangers(reaper: &Reaper) -> Receiver<Exit> {
-    let (send, receive) = unbounded();
-    reaper.on_unknown(move |exit| {
-        send.send(exit.clone()).expect("the test waits");
-        Claim::Mine
-    });
-    receive
-}
+use watching::{
+    ends_with, is_readable, kill, only, owner, run_until, sleep_on, sleeper, strangers, until_dead, watch,
+    without_pidfds,
+};
 
 /// The application waits for its own child.
 fn wait_for(pid: i32) -> ExitStatus {

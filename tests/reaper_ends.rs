@@ -20,7 +20,7 @@ use std::sync::OnceLock;
 use std::sync::atomic::{AtomicU32, AtomicU64, AtomicUsize, Ordering::SeqCst};
 use std::thread;
 use std::time::{Duration, Instant};
-use watching::{is_readable, kill, no_zombie_left, only, sleep_on, sleeper, watch, without_pidfds};
+use watching::{is_readable, kill, no_zombie_left, only, owner, sleep_on, sleeper, watch, without_pidfds};
 
 static NOTES: OnceLock<&'static [AtomicU64; 64]> = OnceLock::new();
 /// This process's place in the notes.
@@ -64,12 +64,6 @@ fn until(otherwise: &str, done: impl Fn() -> bool) {
         assert!(Instant::now() < end, "{otherwise}");
         thread::yield_now();
     }
-}
-
-fn owner(mode: SigchldOwner) -> Reaper {
-    let reaper = Reaper::new().expect("a reaper");
-    reaper.set_owner(mode).expect("owned");
-    reaper
 }
 
 fn wait_for_zombie(pid: i32) {

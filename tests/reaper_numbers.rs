@@ -7,29 +7,12 @@ mod kit;
 mod numbers;
 mod watching;
 
-use carefork::{Child, Claim, ForkOptions, Reaper, SigchldOwner};
+use carefork::{Child, ForkOptions, Reaper, SigchldOwner};
 use common::{Refuse, Setup, isolated, isolated_with};
-use crossbeam_channel::{Receiver, unbounded};
 use kit::{InRegion, code, foreign, forked};
 use numbers::{child_with, in_a_namespace, next_pid, steal};
 use std::thread;
-use watching::{only, sleep_on, sleeper, until_dead, watch};
-
-fn owner(mode: SigchldOwner) -> Reaper {
-    let reaper = Reaper::new().expect("a reaper");
-    reaper.set_owner(mode).expect("owned");
-    reaper
-}
-
-/// Number and code of each stranger that the reaper's callback was asked about, all claimed.
-fn strangers(reaper: &Reaper) -> Receiver<(u32, Option<i32>)> {
-    let (send, receive) = unbounded();
-    reaper.on_unknown(move |exit| {
-        send.send((exit.pid, exit.code())).expect("the test waits");
-        Claim::Mine
-    });
-    receive
-}
+use watching::{only, owner, sleep_on, sleeper, strangers, until_dead, watch};
 
 fn sleeper_with(pid: u32) -> Child {
     next_pid(pid);
@@ -191,7 +174,7 @@ fn strangers_wait_for_no_later_fork() {
                 thread::yield_now();
             }
             reaper.dispatch().expect("dispatch");
-            assert_eq!(unknown.try_recv(), Ok((first, Some(7))));
+            assert_eq!(unknown.try_recv().map(|exit| (exit.pid, exit.code())), Ok((first, Some(7))));
             drop(in_the_way);
             end(later.join().expect("a child"));
         });

@@ -18,7 +18,7 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicI32, AtomicU32, Ordering::SeqCst};
 use std::thread;
 use std::time::{Duration, Instant};
-use watching::{ends_with, only, run_until};
+use watching::{ends_with, only, run_until, strangers};
 
 /// A child that ends with `code` once told.
 fn on_word(code: i32) -> (carefork::Child, impl Fn()) {
@@ -36,16 +36,6 @@ fn on_word(code: i32) -> (carefork::Child, impl Fn()) {
 #[track_caller]
 fn watch(reaper: &Reaper, child: carefork::Child) -> Receiver<Exit> {
     watching::watch(reaper, child).1
-}
-
-/// Unknown children that the reaper's callback was asked about, all claimed.
-fn strangers(reaper: &Reaper) -> Receiver<Exit> {
-    let (send, receive) = unbounded();
-    reaper.on_unknown(move |exit| {
-        send.send(exit.clone()).expect("the test waits");
-        Claim::Mine
-    });
-    receive
 }
 
 fn is_zombie(pid: i32) -> bool {

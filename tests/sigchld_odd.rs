@@ -7,9 +7,9 @@ mod common;
 mod kit;
 mod watching;
 
-use carefork::{Claim, Exit, ForkOptions, Reaper, Sigchld, SigchldOwner, Signals};
+use carefork::{Claim, ForkOptions, Reaper, Sigchld, SigchldOwner, Signals};
 use common::{Refuse, Setup, isolated, isolated_with, raw};
-use crossbeam_channel::{Receiver, unbounded};
+use crossbeam_channel::unbounded;
 use kit::{SOON, assert_no_child, disposition, foreign, forked};
 use std::os::fd::AsRawFd as _;
 use std::os::unix::net::UnixDatagram;
@@ -20,7 +20,9 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicU32, Ordering::SeqCst};
 use std::thread;
 use std::time::{Duration, Instant};
-use watching::{ends_with, is_readable, kill, no_zombie_left, only, run_until, sleep_on, sleeper, watch};
+use watching::{
+    ends_with, is_readable, kill, no_zombie_left, only, owner, run_until, sleep_on, sleeper, strangers, watch,
+};
 
 static PLAIN: AtomicU32 = AtomicU32::new(0);
 
@@ -44,22 +46,6 @@ fn signal_here() {
     let own = unsafe { libc::pthread_self() };
     // SAFETY: a thread that runs.
     unsafe { libc::pthread_kill(own, libc::SIGCHLD) };
-}
-
-fn owner(mode: SigchldOwner) -> Reaper {
-    let reaper = Reaper::new().expect("a reaper");
-    reaper.set_owner(mode).expect("owned");
-    reaper
-}
-
-/// Unknown children that the reaper's callback was asked about, all claimed.
-fn strangers(reaper: &Reaper) -> Receiver<Exit> {
-    let (send, receive) = unbounded();
-    reaper.on_unknown(move |exit| {
-        send.send(exit.clone()).expect("the test waits");
-        Claim::Mine
-    });
-    receive
 }
 
 fn wait_for_zombie(pid: i32) {

@@ -12,7 +12,7 @@
 
 use crate::common::{Refuse, Setup, raw};
 use crate::kit::{SOON, forked};
-use carefork::{Child, Exit, ForkOptions, Reaper, Watched};
+use carefork::{Child, Claim, Exit, ForkOptions, Reaper, SigchldOwner, Watched};
 use crossbeam_channel::{Receiver, unbounded};
 use std::os::fd::AsRawFd as _;
 use std::thread;
@@ -97,4 +97,21 @@ pub fn no_zombie_left() {
         }
         assert!(Instant::now() < end, "a zombie stays");
     }
+}
+
+#[track_caller]
+pub fn owner(mode: SigchldOwner) -> Reaper {
+    let reaper = Reaper::new().expect("a reaper");
+    reaper.set_owner(mode).expect("owned");
+    reaper
+}
+
+/// Unknown children that the reaper's callback was asked about, all claimed.
+pub fn strangers(reaper: &Reaper) -> Receiver<Exit> {
+    let (send, receive) = unbounded();
+    reaper.on_unknown(move |exit| {
+        send.send(exit.clone()).expect("the test waits");
+        Claim::Mine
+    });
+    receive
 }
