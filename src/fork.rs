@@ -5,6 +5,7 @@
 use crate::error::ForkError;
 use crate::gate::{FIRST_BOUND, LAST_BOUND, Slot};
 use crate::in_child::InChild;
+use crate::locks::OnceLock;
 use crate::options::{ForkOptions, Ready};
 use crate::prepare::Outcome;
 use crate::reap::child::Child;
@@ -15,7 +16,6 @@ use crate::{care_table, clock, replace, stdio, sys, sys_signals};
 use std::io::Write;
 use std::os::fd::{AsRawFd, IntoRawFd};
 use std::panic::{AssertUnwindSafe, catch_unwind};
-use std::sync::OnceLock;
 use std::sync::atomic::Ordering::Relaxed;
 
 /// The two sides of a fork.

@@ -7,7 +7,7 @@ mod common;
 mod kit;
 mod watching;
 
-use carefork::{Fork, ForkOptions, Reaper, Sigchld, SigchldOwner};
+use carefork::{Claim, Fork, ForkOptions, Reaper, Sigchld, SigchldOwner};
 use common::{Refuse, Setup, isolated, isolated_with, raw};
 use crossbeam_channel::{Receiver, unbounded};
 use kit::{SOON, foreign, forked, shared};
@@ -112,6 +112,40 @@ fn the_parents_callbacks_do_not_run_in_a_child_of_one_of_them() {
         assert_eq!(kit::code(&mut children.recv().expect("a child")), 0);
         run_until(&reaper, || reaper.is_empty());
         assert_eq!((here.load(SeqCst), there.load(SeqCst)), (1, 0));
+    });
+}
+
+/// Nor those for strangers: two were found, and the first one's callback forks. `NotMine` would have the others asked.
+#[test]
+fn the_parents_strangers_are_not_offered_in_a_child_of_a_callback() {
+    isolated("the_parents_strangers_are_not_offered_in_a_child_of_a_callback", 60, || {
+        let (reaper, other) = (owner(SigchldOwner::Always), owner(SigchldOwner::Always));
+        let (parent, [here, there]) = (raw::getpid().cast_unsigned(), [0, 1].map(|at| &shared()[at]));
+        let count = move || {
+            let side = if is_child(parent) { there } else { here };
+            side.fetch_add(1, SeqCst)
+        };
+        let (send, children) = unbounded();
+        reaper.on_unknown(move |_| {
+            if count() == 0 {
+                // SAFETY: the child returns to the test, which ends it.
+                match unsafe { carefork::fork() }.expect("a child") {
+                    Fork::Child(token) => drop(token),
+                    Fork::Parent(child) => send.send(child).expect("the test waits"),
+                }
+            }
+            Claim::NotMine
+        });
+        other.on_unknown(move |_| {
+            count();
+            Claim::Mine
+        });
+        for pid in [foreign(|| 7), foreign(|| 8)] {
+            until_dead(pid.cast_unsigned());
+        }
+        dispatch_on_both_sides(&reaper, &children, || 0);
+        assert_eq!(kit::code(&mut children.recv().expect("a child")), 0);
+        assert_eq!((here.load(SeqCst), there.load(SeqCst)), (4, 0));
     });
 }
 

@@ -29,7 +29,7 @@ static ORPHANS: PerProcess<Orphans> = PerProcess::new(|| Orphans {
 });
 
 /// What reapers have called when there is somebody of whose end no descriptor tells.
-static ASKING: std::sync::OnceLock<fn()> = std::sync::OnceLock::new();
+static ASKING: OnceLock<fn()> = OnceLock::new();
 
 /// The first to say so is the one.
 pub(crate) fn when_asking(f: fn()) {

@@ -9,7 +9,7 @@ use super::orphans;
 use super::reaper::{self, After, Reaper, SIGCHLD, Shared};
 use super::sigchld::{self, Checked, Sigchld};
 use crate::carefd::CareFd;
-use crate::{sys, sys_reap};
+use crate::{runtime, sys, sys_reap};
 use std::error::Error;
 use std::fmt;
 use std::io;
@@ -314,8 +314,13 @@ fn reap_all() -> io::Result<()> {
 /// none of the others from being asked about.
 fn offer_all(found: Vec<(u32, Record)>) -> io::Result<()> {
     let (mut disaster, mut panic) = (Ok(()), None);
+    let here = runtime::generation();
     for (pid, record) in found {
-        match catch_unwind(AssertUnwindSafe(|| offer(pid, record))) {
+        // A callback may fork, and its child come back here: the others are the parent's to ask about.
+        if !runtime::is_still(here) {
+            break;
+        }
+        match catch_unwind(AssertUnwindSafe(|| offer(pid, record, here))) {
             Ok(Ok(())) => {}
             Ok(Err(e)) if disaster.is_ok() => disaster = Err(e),
             Ok(Err(e)) => drop(sys::say(format!("carefork: child {pid}: {e}\n").as_bytes())),
@@ -332,14 +337,18 @@ fn offer_all(found: Vec<(u32, Record)>) -> io::Result<()> {
 }
 
 /// To whoever claims it.
-fn offer(pid: u32, record: Record) -> io::Result<()> {
+fn offer(pid: u32, record: Record, here: u64) -> io::Result<()> {
     let exit = Exit { pid, name: None, status: record.status, ran: Duration::ZERO, usage: record.usage };
     for reaper in reaper::all() {
         if !reaper.owner.lock().mode.reaps_all() {
             continue;
         }
         let f = reaper.unknown.lock().clone();
-        match f.map(|f| f(&exit)) {
+        let claim = f.map(|f| f(&exit));
+        if !runtime::is_still(here) {
+            return Ok(());
+        }
+        match claim {
             Some(Claim::Mine) => return Ok(()),
             Some(Claim::Disaster(e)) => return Err(io::Error::other(e)),
             Some(Claim::NotMine) | None => {}
