@@ -27,8 +27,10 @@ const LINE: u32 = 16;
 /// The registry of this process.
 pub(crate) static TABLE: CareTable = CareTable::new();
 
-/// A word for every number, two levels deep.
+/// A word for every number, two levels deep. Those of the numbers in use first: next to other statics, they are often on a page that a
+/// fork's parent writes anyway, and not alone behind a megabyte of pointers.
 #[derive(Debug)]
+#[repr(C)]
 struct Words {
     first: Chunk,
     /// The first is null for ever.
