@@ -8,6 +8,7 @@ mod kit;
 mod watching;
 
 use carefork::{Claim, Fork, ForkOptions, Reaper, Sigchld, SigchldOwner};
+use common::seccomp::Filter;
 use common::{Refuse, Setup, isolated, isolated_with, raw};
 use crossbeam_channel::{Receiver, unbounded};
 use kit::{SOON, foreign, forked, shared};
@@ -273,6 +274,38 @@ fn half_a_pair_is_made_anew() {
         }
         assert!(!is_readable(&reaper));
         assert_eq!(new().len(), 2);
+    });
+}
+
+/// Both ends were closed, and one of two reapers has no room in its epoll for the new pair: that one looks by its alarm.
+#[test]
+fn a_reaper_that_cannot_hear_the_new_pair_looks_all_the_same() {
+    isolated("a_reaper_that_cannot_hear_the_new_pair_looks_all_the_same", 60, || {
+        let deaf = Reaper::new().expect("a reaper");
+        let before = common::self_fds();
+        deaf.set_owner(SigchldOwner::Always).expect("owned");
+        let pair: Vec<i32> = common::self_fds().as_slice().iter().copied().filter(|fd| !before.contains(*fd)).collect();
+        assert_eq!(pair.len(), 2);
+        let other = owner(SigchldOwner::Always);
+        // It has its alarm, which a child that was waited for needs.
+        let mut waited = ends_with(3);
+        waited.wait().expect("a status");
+        let (_, exits) = watch(&deaf, waited);
+        assert_eq!(only(&deaf, &exits).code(), Some(3));
+        let full = Refuse::when(libc::SYS_epoll_ctl, 0, deaf.as_raw_fd().cast_unsigned(), libc::ENOSPC);
+        // SAFETY: nobody else is affected.
+        unsafe { Filter::new(&[full]).install() }.expect("a filter");
+        for &fd in &pair {
+            // SAFETY: what a daemon's clean-up does.
+            unsafe { libc::close(fd) };
+        }
+        let refused = other.dispatch();
+        assert!(refused.is_err_and(|e| e.raw_os_error() == Some(libc::ENOSPC)));
+        let found = strangers(&deaf);
+        let pid = foreign(|| 7);
+        until_dead(pid.cast_unsigned());
+        run_until(&deaf, || !found.is_empty());
+        assert_eq!(found.recv().expect("one").code(), Some(7));
     });
 }
 

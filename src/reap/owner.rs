@@ -13,7 +13,7 @@ use crate::{runtime, sys, sys_reap};
 use std::error::Error;
 use std::fmt;
 use std::io;
-use std::os::fd::AsFd;
+use std::os::fd::{AsFd, OwnedFd};
 use std::os::unix::process::ExitStatusExt as _;
 use std::panic::{AssertUnwindSafe, catch_unwind, resume_unwind};
 use std::process::ExitStatus;
@@ -64,18 +64,27 @@ pub(crate) struct Owner {
     mode: SigchldOwner,
     /// It is one of the handler's users.
     holds: bool,
+    /// The handler's socket was made anew, and epoll had no room for it here.
+    deaf: bool,
 }
 
 impl Owner {
-    pub(crate) const NOBODY: Owner = Owner { mode: SigchldOwner::Nobody, holds: false };
+    pub(crate) const NOBODY: Owner = Owner { mode: SigchldOwner::Nobody, holds: false, deaf: false };
 
     pub(crate) fn reaps_itself(&self) -> bool {
         self.mode != SigchldOwner::MainLoop
     }
 
-    /// A stranger was found that might be the child of a fork under way, and nothing tells of the end of that.
+    /// It does not hear the handler; or a stranger was found that might be the child of a fork under way, and nothing tells of the end of that.
     pub(crate) fn has_to_look_again(&self) -> bool {
-        (self.holds || self.mode.reaps_all()) && children().strangers_wait()
+        self.holds && self.deaf || (self.holds || self.mode.reaps_all()) && children().strangers_wait()
+    }
+
+    /// By a reaper that holds.
+    fn hear_handler(&mut self, shared: &Shared) -> io::Result<()> {
+        let heard = sigchld::with_reader(|fd| shared.hear(fd, SIGCHLD)).unwrap_or(Ok(()));
+        self.deaf = heard.is_err();
+        heard
     }
 }
 
@@ -233,7 +242,7 @@ fn adjust(shared: &Arc<Shared>, owner: &mut Owner) -> io::Result<()> {
     let wants = !shared.is_closed() && owner.mode.wants_signal(shared.engine.live() > 0);
     if wants && !owner.holds {
         sigchld::acquire()?;
-        sigchld::with_reader(|fd| shared.hear(fd, SIGCHLD)).transpose().inspect_err(|_| sigchld::release())?;
+        owner.hear_handler(shared).inspect_err(|_| sigchld::release())?;
         owner.holds = true;
     } else if !wants && owner.holds {
         owner.holds = false;
@@ -267,18 +276,17 @@ pub(crate) fn before_dispatch(shared: &Arc<Shared>) -> io::Result<()> {
         let owner = shared.owner.lock();
         (owner.mode, owner.holds)
     };
-    if holds && let Checked::Renewed(old) = sigchld::check()? {
-        let mut heard = Ok(());
-        for reaper in reaper::all() {
-            if reaper.owner.lock().holds {
-                if let Some(old) = old.as_ref().and_then(CareFd::get) {
-                    reaper.hear_no_more(old.as_fd());
+    if holds {
+        // Without a descriptor for a new one, its alarm has it look again.
+        match sigchld::check().inspect_err(|_| shared.owner.lock().deaf = true)? {
+            Checked::Renewed(old) => hear_new(old)?,
+            Checked::Well => {
+                let mut owner = shared.owner.lock();
+                if owner.holds && owner.deaf {
+                    drop(owner.hear_handler(shared));
                 }
-                let new = sigchld::with_reader(|fd| reaper.hear(fd, SIGCHLD));
-                heard = heard.and(new.unwrap_or(Ok(())));
             }
         }
-        heard?;
     }
     // Whoever has drained the socket does what any owner wants: the others are not woken any more.
     let reaps = |r: &Shared| r.owner.lock().mode.reaps_all_now(r.engine.live() > 0);
@@ -295,6 +303,27 @@ pub(crate) fn before_dispatch(shared: &Arc<Shared>) -> io::Result<()> {
         drop(children().strangers());
     }
     Ok(())
+}
+
+/// All that hold the handler hear its new socket, and no more the old one, where that is there still.
+fn hear_new(old: Option<CareFd<OwnedFd>>) -> io::Result<()> {
+    let mut heard = Ok(());
+    for reaper in reaper::all() {
+        let mut owner = reaper.owner.lock();
+        if !owner.holds {
+            continue;
+        }
+        if let Some(old) = old.as_ref().and_then(CareFd::get) {
+            reaper.hear_no_more(old.as_fd());
+        }
+        let new = owner.hear_handler(&reaper);
+        drop(owner);
+        if new.is_err() {
+            reaper.timer.rearm(&reaper);
+        }
+        heard = heard.and(new);
+    }
+    heard
 }
 
 /// Reaps every child of this process that has ended. What carefork knows goes to its holder, when that asks; strangers wait in
