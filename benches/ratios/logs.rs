@@ -29,6 +29,11 @@ impl Scratch {
         Output::file(&self.0).unwrap()
     }
 
+    /// Who opened it goes on; a process that will be killed leaves nothing behind.
+    fn unlink(&self) {
+        std::fs::remove_file(&self.0).unwrap();
+    }
+
     /// Before each round: the disk is not what is measured.
     fn empty(&self) {
         self.1.set_len(0).unwrap();
@@ -63,6 +68,7 @@ pub(crate) fn set_up(setup: &str) {
         "logging" => {
             let scratch = Scratch::new("logging");
             let logger = Builder::new().output(scratch.output()).build();
+            scratch.unlink();
             for _ in 0..4 {
                 let logger = logger.clone();
                 std::thread::spawn(move || {
