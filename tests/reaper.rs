@@ -115,10 +115,15 @@ fn sigchld_ignored() {
 #[test]
 fn sigchld_blocked() {
     isolated("sigchld_blocked", 30, || {
-        kit::block(&[libc::SIGCHLD]);
-        let reaper = Reaper::new().expect("a reaper");
-        let (_, exits) = watch(&reaper, ends_with(3));
-        assert_eq!(only(&reaper, &exits).code(), Some(3));
+        // In a child, which has this thread only: the test harness has another one, which would take the signal.
+        let pid = kit::foreign(|| {
+            kit::block(&[libc::SIGCHLD]);
+            let reaper = Reaper::new().expect("a reaper");
+            let (_, exits) = watch(&reaper, ends_with(3));
+            assert_eq!(only(&reaper, &exits).code(), Some(3));
+            0
+        });
+        assert_eq!(common::reap(pid, SOON), common::Verdict::Exited(0));
     });
 }
 
@@ -154,6 +159,7 @@ fn ended_under_a_debugger() {
             let none = std::ptr::null_mut::<libc::c_void>();
             // SAFETY: a child of the same user; nothing is written to it.
             if unsafe { libc::ptrace(libc::PTRACE_SEIZE, pid, none, none) } != 0 {
+                traced.store(2, SeqCst);
                 return raw::errno();
             }
             traced.store(1, SeqCst);
@@ -167,6 +173,7 @@ fn ended_under_a_debugger() {
         while traced.load(SeqCst) == 0 {
             thread::yield_now();
         }
+        assert_eq!(traced.load(SeqCst), 1, "ptrace is refused here");
         watched.kill().expect("ours");
         // It has died: the descriptor says so again and again, but a dispatch quiets it for a while.
         // (The while may be over before this thread comes to look: then it is quieted again.)
