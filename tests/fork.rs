@@ -208,33 +208,35 @@ fn spawn_survives_a_payload_that_panics_when_dropped() {
     });
 }
 
+/// How a child of `spawn` ends while another thread holds what `lock` takes.
+fn ended_beside<G>(lock: fn() -> G, f: fn() -> i32) -> Option<i32> {
+    let held = AtomicBool::new(false);
+    let done = Stop::default();
+    thread::scope(|s| {
+        s.spawn(|| {
+            let _held = lock();
+            held.store(true, SeqCst);
+            while !done.is_set() {
+                thread::sleep(Duration::from_millis(1));
+            }
+        });
+        let _done = done.on_drop();
+        while !held.load(SeqCst) {
+            thread::yield_now();
+        }
+        // SAFETY: each `f` touches nothing of the parent's.
+        let mut child = unsafe { carefork::spawn(f) }.expect("a child");
+        let status = child.wait_timeout(SOON);
+        drop(child.kill());
+        drop(child.wait());
+        status.ok().flatten().and_then(|s| s.code())
+    })
+}
+
 #[test]
 fn spawn_panics_while_another_thread_holds_standard_error() {
     isolated("spawn_panics_while_another_thread_holds_standard_error", 20, || {
-        let held = AtomicBool::new(false);
-        let done = Stop::default();
-        thread::scope(|s| {
-            s.spawn(|| {
-                let _err = std::io::stderr().lock();
-                held.store(true, SeqCst);
-                while !done.is_set() {
-                    thread::sleep(Duration::from_millis(1));
-                }
-            });
-            let _done = done.on_drop();
-            while !held.load(SeqCst) {
-                thread::yield_now();
-            }
-            // SAFETY: the closure touches nothing.
-            let child = unsafe { carefork::spawn(|| panic!("said by write(2)")) };
-            let ended = child.map(|mut c| {
-                let status = c.wait_timeout(SOON);
-                drop(c.kill());
-                drop(c.wait());
-                status.ok().flatten().and_then(|s| s.code())
-            });
-            assert_eq!(ended.expect("a child"), Some(101));
-        });
+        assert_eq!(ended_beside(|| std::io::stderr().lock(), || panic!("said by write(2)")), Some(101));
     });
 }
 
@@ -261,29 +263,7 @@ fn spawn_flushes_standard_output_under_the_guard() {
 #[test]
 fn spawn_leaves_standard_output_alone_without_the_guard() {
     isolated("spawn_leaves_standard_output_alone_without_the_guard", 20, || {
-        let held = AtomicBool::new(false);
-        let done = Stop::default();
-        thread::scope(|s| {
-            s.spawn(|| {
-                let _out = std::io::stdout().lock();
-                held.store(true, SeqCst);
-                while !done.is_set() {
-                    thread::sleep(Duration::from_millis(1));
-                }
-            });
-            let _done = done.on_drop();
-            while !held.load(SeqCst) {
-                thread::yield_now();
-            }
-            // SAFETY: the closure does nothing.
-            let ended = unsafe { carefork::spawn(|| 0) }.map(|mut c| {
-                let status = c.wait_timeout(SOON);
-                drop(c.kill());
-                drop(c.wait());
-                status.ok().flatten().and_then(|s| s.code())
-            });
-            assert_eq!(ended.expect("a child"), Some(0));
-        });
+        assert_eq!(ended_beside(|| std::io::stdout().lock(), || 0), Some(0));
     });
 }
 
