@@ -227,13 +227,14 @@ fn install() {
     HANDLER.displaced.store(false, Release);
     // The handler finds what to call, whenever it first runs.
     remember(&now);
-    let (flags, mask) = if handled { (now.flags as i32, now.mask) } else { (libc::SA_NOCLDSTOP | libc::SA_RESTART, 0) };
+    let alone = libc::SA_NOCLDSTOP | libc::SA_RESTART | libc::SA_ONSTACK;
+    let (flags, mask) = if handled { (now.flags as i32, now.mask) } else { (alone, 0) };
     // SAFETY: sigaction is plain data.
     let mut ours: libc::sigaction = unsafe { std::mem::zeroed() };
     ours.sa_sigaction = address();
-    // Theirs is called under the mask it was installed with, for stops only if it wanted them, and interrupts what it did before.
-    let keep = flags & (libc::SA_NODEFER | libc::SA_NOCLDSTOP | libc::SA_RESTART);
-    ours.sa_flags = libc::SA_SIGINFO | libc::SA_ONSTACK | keep;
+    // Theirs is called under the mask it was installed with, for stops only if it wanted them, interrupts what it did before, and has
+    // as much room: an alternate stack may be a small one.
+    ours.sa_flags = libc::SA_SIGINFO | flags & (alone | libc::SA_NODEFER);
     // SAFETY: sa_mask is at least eight bytes, aligned for a word, and plain bits.
     unsafe { (&raw mut ours.sa_mask).cast::<u64>().write(mask) };
     // SAFETY: a handler that keeps to what handlers may do, in code that is never unloaded.
