@@ -197,7 +197,11 @@ impl<T: AsFd + Into<OwnedFd>> CareFd<T> {
     #[track_caller]
     pub fn into_inner(self) -> T {
         let (fd, stamp) = (self.fd, self.stamp);
-        self.try_into_inner().unwrap_or_else(|| dead(fd, stamp))
+        // No closure: that would be where the panic comes from.
+        match self.try_into_inner() {
+            Some(value) => value,
+            None => dead(fd, stamp),
+        }
     }
 
     /// Hands the value over, or `None` if this child closed it.
@@ -328,7 +332,10 @@ impl<T: AsFd + Into<OwnedFd>> Deref for CareFd<T> {
     #[inline]
     #[track_caller]
     fn deref(&self) -> &T {
-        self.get().unwrap_or_else(|| dead(self.fd, self.stamp))
+        match self.get() {
+            Some(value) => value,
+            None => dead(self.fd, self.stamp),
+        }
     }
 }
 

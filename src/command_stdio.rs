@@ -138,7 +138,7 @@ impl Child {
     /// use carefork::{Command, Stdio};
     /// use std::io::Write;
     /// let mut child = Command::new("sort").stdin(Stdio::piped()).stdout(Stdio::piped()).spawn()?;
-    /// (&**child.stdin.as_ref().expect("it was asked for")).write_all(b"b\na\n")?;
+    /// child.stdin.as_mut().expect("it was asked for").write_all(b"b\na\n")?;
     /// let output = child.wait_with_output()?;
     /// assert!(output.status.success() && output.stdout == b"a\nb\n");
     /// # Ok::<(), Box<dyn std::error::Error>>(())

@@ -64,6 +64,7 @@ mod registration;
 mod region;
 mod threads;
 mod carefd;
+mod carefd_io;
 mod adapters;
 pub mod stdio;
 mod locks;

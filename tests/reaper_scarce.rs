@@ -175,10 +175,10 @@ fn a_refused_child_comes_back_whole() {
         let refused = reaper.watch(child, |_| ()).expect_err("no room in epoll");
         assert_eq!(refused.error.raw_os_error(), Some(libc::ENOSPC));
         let mut child = refused.into_child();
-        (&**child.stdin.as_ref().expect("its pipe")).write_all(b"hello").expect("written");
+        child.stdin.as_mut().expect("its pipe").write_all(b"hello").expect("written");
         drop(child.stdin.take());
         let mut said = String::new();
-        (&**child.stdout.as_ref().expect("its pipe")).read_to_string(&mut said).expect("read");
+        child.stdout.as_mut().expect("its pipe").read_to_string(&mut said).expect("read");
         assert_eq!(said, "hello");
         assert!(child.wait().expect("a status").success());
     });

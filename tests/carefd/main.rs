@@ -74,6 +74,17 @@ fn close(fd: RawFd) {
     assert_eq!(unsafe { libc::close(fd) }, 0);
 }
 
+/// The file that a panic names.
+fn panic_place(f: impl FnOnce()) -> String {
+    static PLACE: std::sync::Mutex<String> = std::sync::Mutex::new(String::new());
+    std::panic::set_hook(Box::new(|info| {
+        info.location().expect("always there").file().clone_into(&mut PLACE.lock().expect("not poisoned"));
+    }));
+    catch_unwind(AssertUnwindSafe(f)).expect_err("it must panic");
+    drop(std::panic::take_hook());
+    PLACE.lock().expect("not poisoned").clone()
+}
+
 fn panic_text(f: impl FnOnce()) -> String {
     let panic = catch_unwind(AssertUnwindSafe(f)).expect_err("it must panic");
     panic.downcast_ref::<String>().expect("a formatted message").clone()

@@ -2,7 +2,7 @@
 
 use crate::common::{Verdict, check, isolated, reap};
 use crate::kit::{SOON, code, foreign, forked};
-use crate::{borrowed, care, in_noexec_child, is_open, null, panic_text};
+use crate::{borrowed, care, in_noexec_child, is_open, null, panic_place, panic_text};
 use carefork::{CareFd, ForkOptions, OnFork};
 use std::os::fd::{AsFd, AsRawFd, RawFd};
 
@@ -42,6 +42,20 @@ fn a_dead_one_is_never_somebody_elses() {
 
             // A second fork further down.
             in_noexec_child(|| check(9, newer.get().is_none() && !is_open(b) && is_open(a)));
+        });
+    });
+}
+
+/// Where it was used, not where carefork found out.
+#[test]
+fn a_dead_one_names_the_place() {
+    isolated("reuse::a_dead_one_names_the_place", 20, || {
+        let (file, other) = (care(), care());
+        in_noexec_child(|| {
+            check(1, panic_place(|| drop(file.metadata())) == file!());
+            check(2, panic_place(|| _ = file.as_fd()) == file!());
+            check(3, panic_place(|| _ = file.as_raw_fd()) == file!());
+            check(4, panic_place(|| drop(other.into_inner())) == file!());
         });
     });
 }

@@ -161,7 +161,7 @@ fn streams_are_piped_and_read() {
         let mut cat = Command::new("cat").stdin(Stdio::piped()).stdout(Stdio::piped()).spawn().expect("cat");
         (&*cat.stdin.take().expect("asked for")).write_all(b"through").expect("it reads");
         let mut read = String::new();
-        (&**cat.stdout.as_ref().expect("asked for")).read_to_string(&mut read).expect("it writes");
+        cat.stdout.as_mut().expect("asked for").read_to_string(&mut read).expect("it writes");
         assert_eq!(read, "through");
         assert!(cat.wait().expect("its status").success());
         // Waiting closes the pipe that the program waits for.
