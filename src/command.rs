@@ -9,7 +9,7 @@ use crate::exec_start::{self, NotStarted, PANICKED, PreExec};
 use crate::reap::child::Child;
 use crate::resource::Resource;
 use crate::signals::{LAST, Signals};
-use crate::{sys, sys_exec};
+use crate::{care_table, sys, sys_exec};
 use std::borrow::Cow;
 use std::collections::BTreeMap;
 use std::ffi::{CString, OsStr, OsString};
@@ -355,6 +355,7 @@ impl<'fd> Command<'fd> {
         let started = if self.pre_exec.is_empty() {
             exec_start::start(&plan, self.timeout)
         } else {
+            check_survive_fork(&plan)?;
             // SAFETY: the promise of whoever called `pre_exec`.
             unsafe { exec_start::start_by_fork(&plan, self.timeout, &mut self.pre_exec) }
         };
@@ -483,6 +484,20 @@ impl<'fd> Command<'fd> {
             Stage::Exec | Stage::GaveWay => Step::Exec(self.program.clone()),
         };
         CommandError::Step { step, source }
+    }
+}
+
+/// With `pre_exec` there is a fork, at which some care-fds are closed.
+fn check_survive_fork(plan: &Plan) -> Result<(), CommandError> {
+    let closed = |fd: RawFd| care_table::Kind::of(care_table::TABLE.word(fd)) == Some(care_table::Kind::Close);
+    match plan.moves.steps.iter().map(|m| m.asked().0).find(|&from| closed(from)) {
+        Some(fd) => {
+            let what = format!(
+                "descriptor {fd} is a care-fd with OnFork::Close, which the fork of pre_exec closes: register it with OnFork::Cleanup"
+            );
+            Err(CommandError::Invalid(what.into()))
+        }
+        None => Ok(()),
     }
 }
 

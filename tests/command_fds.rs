@@ -6,7 +6,7 @@
 
 mod common;
 
-use carefork::{Command, Stdio};
+use carefork::{CareFd, Command, CommandError, OnFork, Stdio};
 use common::{Rng, Setup, isolated, isolated_with, raw};
 use proptest::prelude::*;
 use proptest::test_runner::{Config, RngAlgorithm, TestRng, TestRunner};
@@ -313,6 +313,29 @@ fn sockets_by_systemds_rules() {
         for name in ["a:b", "a\nb", "ä", &long] {
             let e = Command::new("true").listen_fds([(name, files[0].as_fd())]).spawn().expect_err(name);
             assert!(e.to_string().contains("listen_fds"), "{e}");
+        }
+    });
+}
+
+/// The fork of `pre_exec` closes it; without one it is passed like any.
+#[test]
+fn what_a_fork_closes_is_not_passed_by_one() {
+    isolated("what_a_fork_closes_is_not_passed_by_one", 30, || {
+        let care = CareFd::new_on(OnFork::Close, raw::memfd()).expect("a number");
+        let input = || CareFd::new_on(OnFork::Close, File::open("/dev/null").expect("there")).expect("a number");
+        for passed in [true, false] {
+            let mut command = Command::new("true");
+            if passed {
+                command.pass_fd(&care);
+            } else {
+                command.stdin(input());
+            }
+            assert!(command.status().expect("passed").success());
+            // SAFETY: does nothing.
+            unsafe { command.pre_exec(|| Ok(())) };
+            let e = command.spawn().expect_err("closed at the fork");
+            assert!(matches!(e, CommandError::Invalid(_)), "{e}");
+            assert!(e.to_string().contains("OnFork::Cleanup") && e.to_string().contains("pre_exec"), "{e}");
         }
     });
 }
