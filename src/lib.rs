@@ -8,8 +8,8 @@
 //!   [`LazyLock`] are regions; so are opening and closing a [`CareFd`].
 //! - **Hooks**: [`register`] a [`Hook`] for locks of other kinds; [`stdio::guard`] for std's output.
 //! - **Descriptors**: [`CareFd`] wraps one that must not linger in a child.
-//! - **Threads**: a [`Service`] has one, and a channel, that come back in a child; [`PerProcess`] makes a pool or a connection anew in
-//!   each process; [`recipes`] has rayon's and others.
+//! - **Threads**: [`thread::spawn`] starts one whose beginning and end no fork cuts in two; a [`Service`] has one, and a channel, that come back in a
+//!   child; [`PerProcess`] makes a pool or a connection anew in each process; [`recipes`] has rayon's and others.
 //! - **Logging**: [`mod@log`] is a logger for the `log` facade, and has guards for other people's; `carefork::tracing` (feature `tracing`) has
 //!   the same for tracing-subscriber.
 //! - **Programs**: [`Command`], started without a copy of this process.
@@ -21,7 +21,8 @@
 //!
 //! # What a child may do
 //! A child made by [`spawn`], or one that called [`InChild::cleanup`], may use every carefork lock, registered foreign locks,
-//! the allocator (glibc's, jemalloc and mimalloc have at-fork handlers of their own), new threads and new care-fds, and may fork again.
+//! the allocator (glibc's, jemalloc and mimalloc have at-fork handlers of their own) and new care-fds, and may fork again. It may start
+//! threads if those of the parent began and ended by [`thread`], or none began or ended during the fork: else, rarely, the first hangs.
 //! It must not use what [`fork`]'s safety section lists.
 //!
 //! # Limitations
@@ -62,7 +63,7 @@ mod hook;
 mod runtime;
 mod registration;
 mod region;
-mod threads;
+pub mod thread;
 mod carefd;
 mod carefd_io;
 mod adapters;

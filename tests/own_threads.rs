@@ -1,4 +1,4 @@
-//! The threads that carefork starts for itself: no fork comes while one begins or ends (std takes a lock in a thread's first and last
+//! The threads that carefork starts, for itself and for users: no fork comes while one begins or ends (std takes a lock in a thread's first and last
 //! steps that threads of a child need).
 
 #![allow(unsafe_code, clippy::disallowed_methods, clippy::expect_used)]
@@ -12,6 +12,8 @@ use common::{isolated, raw};
 use kit::{SOON, forked};
 use std::cell::Cell;
 use std::io::{self, Write};
+use std::sync::atomic::AtomicBool;
+use std::sync::atomic::Ordering::SeqCst;
 use std::sync::mpsc::{Sender, channel};
 use std::thread;
 use std::time::Instant;
@@ -86,6 +88,66 @@ impl Write for Teller {
     fn flush(&mut self) -> io::Result<()> {
         Ok(())
     }
+}
+
+#[test]
+fn a_users() {
+    isolated("a_users", 60, || {
+        for i in 0..100 {
+            let ((tell, told), (go, gone_on)) = (channel(), channel::<()>());
+            let builder = carefork::thread::Builder::new().name("user".to_owned());
+            let body = move || {
+                let _ = gone_on.recv();
+                LAST.with(|last| last.0.set(Some(tell)));
+            };
+            let in_region = thread::scope(|s| {
+                match i % 3 {
+                    0 => drop(builder.spawn(body).expect("a thread")),
+                    1 => drop(builder.spawn_scoped(s, body).expect("a thread")),
+                    _ => {
+                        let panics = move || {
+                            body();
+                            // No message: the hook is not called.
+                            std::panic::resume_unwind(Box::new(()))
+                        };
+                        drop(builder.spawn(panics).expect("a thread"));
+                    }
+                }
+                assert!(runs("user"), "round {i}: the thread has not begun");
+                drop(go);
+                told.recv_timeout(SOON).expect("told")
+            });
+            assert!(in_region, "the thread ended outside of a region");
+            until_gone("user");
+        }
+        assert_eq!(carefork::thread::spawn(|| 6 * 7).join().expect("no panic"), 42);
+    });
+}
+
+/// Children start threads while the parent's come and go. (With std's threads in the parent, one child in some thousand hangs.)
+#[test]
+fn children_start_threads() {
+    isolated("children_start_threads", 300, || {
+        let done = AtomicBool::new(false);
+        thread::scope(|s| {
+            for _ in 0..3 {
+                s.spawn(|| {
+                    while !done.load(SeqCst) {
+                        carefork::thread::spawn(|| ()).join().expect("no panic");
+                    }
+                });
+            }
+            for _ in 0..2000 {
+                let mut child = forked(&ForkOptions::new(), |token| {
+                    // SAFETY: nothing borrowed is used.
+                    unsafe { token.cleanup() };
+                    i32::from(thread::spawn(|| 7).join().ok() != Some(7))
+                });
+                assert_eq!(kit::code(&mut child), 0);
+            }
+            done.store(true, SeqCst);
+        });
+    });
 }
 
 #[test]

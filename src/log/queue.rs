@@ -6,7 +6,7 @@
 use super::builder::WhenFull;
 use super::line::Style;
 use super::output::{Sink, Stopped};
-use crate::{Mutex, OnceLock, sys_signals, threads};
+use crate::{Mutex, OnceLock, sys_signals};
 use crossbeam_channel::{Receiver, RecvTimeoutError, SendTimeoutError, Sender, bounded, unbounded};
 use std::io;
 use std::panic::{AssertUnwindSafe, catch_unwind};
@@ -128,7 +128,7 @@ impl Queue {
             let rx = self.rx.clone();
             // The program's signal handlers are not for this thread.
             let mask = sys_signals::block_all();
-            let thread = threads::start("carefork-log", (), move || worker.run(&rx));
+            let thread = crate::thread::start("carefork-log", (), move || worker.run(&rx));
             sys_signals::set_mask(&mask);
             thread.is_ok()
         })

@@ -3,7 +3,7 @@
 use super::exit::Exit;
 use super::reaper::{Reaper, Shared};
 use crate::locks::Mutex;
-use crate::{sys, sys_signals, threads};
+use crate::{sys, sys_signals};
 use crossbeam_channel::{Receiver, Sender, unbounded};
 use std::io;
 use std::panic::{AssertUnwindSafe, catch_unwind};
@@ -87,7 +87,7 @@ impl Reaper {
 /// Its signals are blocked: handlers run on the program's own threads.
 fn start(shared: Arc<Shared>) -> io::Result<()> {
     let mask = sys_signals::block_all();
-    let thread = threads::start("carefork-reaper", (), move || run(&shared));
+    let thread = crate::thread::start("carefork-reaper", (), move || run(&shared));
     sys_signals::set_mask(&mask);
     thread.map(drop)
 }

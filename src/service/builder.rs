@@ -5,7 +5,7 @@ use super::{Control, Inner, Line, RUNNING, Service, ServiceError};
 use crate::hook::Hook;
 use crate::locks::{Mutex, Own};
 use crate::registration::register;
-use crate::{runtime, threads};
+use crate::runtime;
 use crossbeam_channel::bounded;
 use std::fmt;
 use std::io;
@@ -197,7 +197,7 @@ impl<S: Send + 'static> ServiceBuilder<S> {
             generation: runtime::generation(),
         };
         let (ends, end) = bounded(0);
-        let thread = threads::start(service, ends, move || worker.run_to_end());
+        let thread = crate::thread::start(service, ends, move || worker.run_to_end());
         let thread = thread.map_err(|error| ServiceError::Os { service, error })?;
         // The one before, if any, is a ghost's, which holds on to it: it is not dropped by this.
         *shared.lock() = to_share;
