@@ -17,9 +17,10 @@
 //! ```
 //!
 //! # What it can know
-//! A descriptor that went through exec has close-on-exec clear. Everything that Rust's std and this library open has it set, so
-//! its absence is taken as the proof that nobody in this process owns the number. A C library that opens without it can
-//! break that proof: take what was passed first thing in `main`.
+//! A descriptor that was passed was open before anything of the program's own ran, which carefork notes then (for numbers below 1024), and has
+//! close-on-exec clear, as no number has any more that this library gave out. Between the two it may have been closed by its number, and
+//! have become somebody else's, who opened it without close-on-exec: take what was passed first thing in `main`, before other code makes
+//! free with numbers. In a library that is loaded by dlopen, what is noted is what was open at its loading.
 
 #![allow(unsafe_code)]
 
@@ -27,7 +28,7 @@ use crate::carefd::{CareFd, OnFork};
 use crate::command_env::OWN;
 use crate::locks::{Mutex, OnceLock};
 use crate::region::no_forking;
-use crate::{runtime, sys};
+use crate::{runtime, started_with, sys};
 use std::env;
 use std::ffi::{OsStr, OsString};
 use std::fmt;
@@ -57,8 +58,13 @@ pub enum InheritError {
         /// The number.
         fd: RawFd,
     },
-    /// Close-on-exec is set: it was opened, or taken, in this process.
+    /// It was opened in this process: it was not there at the start, or close-on-exec is set.
     NotInherited {
+        /// The number.
+        fd: RawFd,
+    },
+    /// Whether a number above 1023 was there at the start is not noted.
+    TooLarge {
         /// The number.
         fd: RawFd,
     },
@@ -116,9 +122,11 @@ impl fmt::Display for InheritError {
             ),
             InheritError::NotInherited { fd } => write!(
                 f,
-                "descriptor {fd} was not inherited: it has close-on-exec set, so this process opened it or took it already; check \
-                 the number, and take descriptors first thing in main"
+                "descriptor {fd} was not inherited: this process has opened it; check the number, and that the parent passed it"
             ),
+            InheritError::TooLarge { fd } => {
+                write!(f, "descriptor {fd} is above {}: pass it as a smaller number", started_with::NOTED - 1)
+            }
             InheritError::Taken { fd } => {
                 write!(f, "descriptor {fd} has been taken already: hand on the care-fd from the first time")
             }
@@ -327,7 +335,11 @@ impl Taken {
         }
         match sys::get_fd_flags(fd) {
             Ok(flags) if flags & libc::FD_CLOEXEC != 0 => Err(InheritError::NotInherited { fd }),
-            Ok(_) => Ok(()),
+            Ok(_) => match started_with::has(fd) {
+                Some(true) => Ok(()),
+                Some(false) => Err(InheritError::NotInherited { fd }),
+                None => Err(InheritError::TooLarge { fd }),
+            },
             Err(e) if e.raw_os_error() == Some(libc::EBADF) => Err(InheritError::NotOpen { fd }),
             Err(error) => Err(InheritError::Os { fd, error }),
         }
@@ -335,7 +347,8 @@ impl Taken {
 }
 
 fn take(fd: RawFd) -> Result<CareFd<OwnedFd>, InheritError> {
-    // SAFETY: it is open, was inherited (`check`), and so is nobody's in this process until this module gives it away, once.
+    // SAFETY: it is open and was at the start (`check`), and so is nobody's in this process until this module gives it away, once; unless unsafe
+    // code has closed it by its number meanwhile, which it had no right to.
     let owned = unsafe { OwnedFd::from_raw_fd(fd) };
     no_forking().care_on(OnFork::Cleanup, owned).map_err(|refused| {
         // As it was: not closed.

@@ -40,6 +40,7 @@ mod sys_socket;
 mod sys_write;
 mod sys_reap;
 mod sys_msg;
+mod started_with;
 mod clock;
 mod sync;
 // state

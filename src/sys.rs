@@ -514,6 +514,23 @@ pub(crate) fn poll_in(fd: BorrowedFd<'_>, ms: i32) -> io::Result<bool> {
     cerr(unsafe { libc::poll(&mut p, 1, ms) }.into()).map(|n| n > 0)
 }
 
+/// How many numbers `which_are_open` looks at.
+pub(crate) const ASKED: usize = 256;
+
+/// Which of the numbers from `first` on are open. Async-signal-safe.
+pub(crate) fn which_are_open(first: RawFd) -> [bool; ASKED] {
+    let mut p = [libc::pollfd { fd: 0, events: 0, revents: 0 }; ASKED];
+    for (p, fd) in p.iter_mut().zip(first..) {
+        p.fd = fd;
+    }
+    // SAFETY: so many live pollfds.
+    if retry(|| unsafe { libc::poll(p.as_mut_ptr(), p.len() as libc::nfds_t, 0) }.into()).is_ok() {
+        return p.map(|p| p.revents & libc::POLLNVAL == 0);
+    }
+    // A low limit on open files, which is one on poll's list, too.
+    p.map(|p| get_fd_flags(p.fd).is_ok())
+}
+
 /// Waits for either of two to become readable; which of them are, or have come to their end.
 pub(crate) fn poll_either(fds: [Option<BorrowedFd<'_>>; 2]) -> io::Result<[bool; 2]> {
     // A negative number is passed over.

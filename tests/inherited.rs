@@ -8,7 +8,7 @@ mod peers;
 
 use carefork::inherited::{self, InheritError};
 use carefork::{CareFd, ConvertError, Mismatch};
-use common::{Verdict, check, isolated, self_fds};
+use common::{Setup, Verdict, check, isolated, isolated_with, raw, self_fds};
 use kit::{SOON, foreign};
 use nix::fcntl::{FcntlArg, FdFlag, fcntl};
 use nix::sys::socket::{AddressFamily, Backlog, SockFlag, SockType, SockaddrIn, UnixAddr};
@@ -152,6 +152,7 @@ fn by_number_with_every_refusal_its_own() {
             ("fd 7 9", &["ok 7", "ok 9"]),
             ("fd 7 7", &["ok 7", "Taken { fd: 7 }", "taken already: hand on the care-fd"]),
             ("fd 8 7", &["NotOpen { fd: 8 }", "descriptor 8 is not open: check the number", "ok 7"]),
+            ("fd 1500", &["TooLarge { fd: 1500 }", "descriptor 1500 is above 1023: pass it as a smaller number"]),
             ("fd 0", &["StandardStream { fd: 0 }", "pass the socket as 3 or more"]),
             ("fd 1", &["StandardStream { fd: 1 }", "standard stream"]),
             ("fd 002", &["StandardStream { fd: 2 }", "standard stream"]),
@@ -165,7 +166,7 @@ fn by_number_with_every_refusal_its_own() {
             ("fd 99999999999999999999", &["NotANumber", "decimal digits"]),
         ];
         for (what, expected) in cases {
-            let lines = received(this_binary().pass(a.as_fd(), 7).pass(b.as_fd(), 9), what);
+            let lines = received(this_binary().pass(a.as_fd(), 7).pass(b.as_fd(), 9).pass(b.as_fd(), 1500), what);
             assert_eq!(lines.len(), expected.len(), "{what}: {lines:?}");
             for (line, expected) in lines.iter().zip(*expected) {
                 assert!(line.contains(expected), "{what}: {line}");
@@ -180,22 +181,23 @@ fn flags(fd: RawFd) -> Option<i32> {
     fcntl(fd, FcntlArg::F_GETFD).ok()
 }
 
-/// As a parent that passes a listener: at `number`, close-on-exec clear.
-fn passed(number: RawFd) {
-    let listener = listener();
-    // SAFETY: takes numbers only; those from 500 are free.
-    let aside = unsafe { libc::fcntl(listener.as_raw_fd(), libc::F_DUPFD_CLOEXEC, 500) };
-    drop(listener);
+/// A process that is passed listeners.
+fn with(sockets: impl IntoIterator<Item = RawFd>) -> Setup {
+    Setup { sockets: sockets.into_iter().collect(), ..Setup::default() }
+}
+
+/// What another program does that opens without close-on-exec.
+fn opened_as(number: RawFd) {
+    // Not what is just closed: that may have this very number.
+    let other = raw::aside(listener().as_fd());
     // SAFETY: the number is free in a process of this test's own.
-    assert_eq!(unsafe { libc::dup2(aside, number) }, number);
-    // SAFETY: the duplicate is nobody else's.
-    assert_eq!(unsafe { libc::close(aside) }, 0);
+    assert_eq!(unsafe { libc::dup2(other.as_raw_fd(), number) }, number);
+    assert_eq!(flags(number), Some(0));
 }
 
 #[test]
 fn what_is_taken_is_a_care_fd_and_close_on_exec() {
-    isolated("what_is_taken_is_a_care_fd_and_close_on_exec", 20, || {
-        passed(7);
+    isolated_with("what_is_taken_is_a_care_fd_and_close_on_exec", 20, with([7]), || {
         assert_eq!(flags(7), Some(0));
         let fd = inherited::fd("7").expect("passed");
         assert_eq!(flags(7), Some(FdFlag::FD_CLOEXEC.bits()));
@@ -217,17 +219,18 @@ fn what_is_taken_is_a_care_fd_and_close_on_exec() {
 /// The number of what was taken, closed and used again is somebody else's; and what this process opened was not inherited.
 #[test]
 fn nothing_of_this_process_is_taken() {
-    isolated("nothing_of_this_process_is_taken", 20, || {
-        passed(7);
+    isolated_with("nothing_of_this_process_is_taken", 20, with([7]), || {
         drop(inherited::fd("7").expect("passed"));
-        passed(7);
+        opened_as(7);
         assert!(matches!(inherited::fd("7"), Err(InheritError::Taken { fd: 7 })));
 
         let own = listener();
         let number = own.as_raw_fd();
         let refused = inherited::fd(number.to_string()).expect_err("opened here");
         assert!(matches!(refused, InheritError::NotInherited { fd } if fd == number));
-        assert!(refused.to_string().contains("first thing in main"), "{refused}");
+        assert!(refused.to_string().contains("this process has opened it"), "{refused}");
+        opened_as(8);
+        assert!(matches!(inherited::fd("8"), Err(InheritError::NotInherited { fd: 8 })));
         assert!(flags(number).is_some());
         let own = CareFd::new(own).expect("adopted");
         assert!(matches!(inherited::fd(number.to_string()), Err(InheritError::NotInherited { .. })));
@@ -235,19 +238,28 @@ fn nothing_of_this_process_is_taken() {
     });
 }
 
+/// Fewer numbers than poll is asked about at a time.
+#[test]
+fn a_low_limit_on_open_files() {
+    let setup = Setup { rlimits: vec![(libc::RLIMIT_NOFILE, 64)], ..with([7]) };
+    isolated_with("a_low_limit_on_open_files", 20, setup, || {
+        opened_as(8);
+        assert!(matches!(inherited::fd("8"), Err(InheritError::NotInherited { fd: 8 })));
+        assert!(inherited::fd("7").is_ok());
+    });
+}
+
 /// The two ways share one ledger, and several threads get each descriptor once.
 #[test]
 fn each_is_given_out_once() {
-    isolated("each_is_given_out_once", 20, || {
-        (3..5).for_each(passed);
-        passed(9);
+    isolated_with("each_is_given_out_once", 20, with([3, 4, 9]), || {
         let own = std::process::id().to_string();
         for (name, value) in [("LISTEN_PID", own.as_str()), ("LISTEN_FDS", "2")] {
             // SAFETY: libtest's other thread only waits.
             unsafe { std::env::set_var(name, value) };
         }
         drop(inherited::fd("4").expect("passed"));
-        passed(4);
+        opened_as(4);
         assert!(matches!(inherited::listen_fds(), Err(InheritError::Taken { fd: 4 })));
         assert_eq!(flags(3), Some(0), "nothing was taken");
         let taken: usize = std::thread::scope(|s| {
@@ -261,8 +273,7 @@ fn each_is_given_out_once() {
 
 #[test]
 fn after_activation_the_numbers_are_taken() {
-    isolated("after_activation_the_numbers_are_taken", 20, || {
-        (3..6).for_each(passed);
+    isolated_with("after_activation_the_numbers_are_taken", 20, with(3..6), || {
         let own = std::process::id().to_string();
         for (name, value) in [("LISTEN_PID", own.as_str()), ("LISTEN_FDS", "2")] {
             // SAFETY: libtest's other thread only waits.

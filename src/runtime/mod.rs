@@ -17,7 +17,7 @@ use crate::prepare::{self, Hooks, How, Outcome, Plan, Steps, Wait};
 use crate::print_wait;
 use crate::slots::SlotTable;
 use crate::streams::Streams;
-use crate::{clock, sys, sys_copies, sys_signals};
+use crate::{clock, started_with, sys, sys_copies, sys_signals};
 use std::cell::{Cell, UnsafeCell};
 use std::mem::ManuallyDrop;
 use std::sync::atomic::{AtomicBool, AtomicPtr, AtomicU32, AtomicU64, Ordering};
@@ -333,6 +333,7 @@ fn start_slow() {
         }
         return;
     }
+    started_with::note();
     let mut key: libc::pthread_key_t = 0;
     // SAFETY: `key` is live; `thread_ends` has the signature asked for and code that stays loaded.
     if unsafe { libc::pthread_key_create(&mut key, Some(thread_ends)) } == 0 {

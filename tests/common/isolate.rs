@@ -11,7 +11,8 @@ use super::{child, raw, strace, trace};
 use std::ffi::{CString, OsString};
 use std::fs::File;
 use std::io::{Read as _, Seek as _};
-use std::os::fd::{AsRawFd, RawFd};
+use std::net::TcpListener;
+use std::os::fd::{AsFd as _, AsRawFd, OwnedFd, RawFd};
 use std::os::unix::ffi::OsStringExt as _;
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::path::{Path, PathBuf};
@@ -47,6 +48,8 @@ pub struct Setup {
     pub uid: Option<u32>,
     /// Where strace writes; [`strace::count_syscalls`] sets it.
     pub strace: Option<PathBuf>,
+    /// Numbers at which the process finds a listening socket, as one that was passed.
+    pub sockets: Vec<RawFd>,
     /// The bound begins when this file is there: for a test that is made to hang, and says when it does.
     pub hangs: Option<PathBuf>,
 }
@@ -234,6 +237,7 @@ struct Launch<'a> {
     filter: Option<Filter>,
     null: File,
     output: &'a File,
+    socket: OwnedFd,
     parent: libc::pid_t,
 }
 
@@ -270,6 +274,7 @@ impl<'a> Launch<'a> {
             filter: (!setup.refuse.is_empty()).then(|| Filter::new(&setup.refuse)),
             null: File::open("/dev/null").expect("/dev/null"),
             output,
+            socket: raw::aside(TcpListener::bind("127.0.0.1:0").expect("a listener").as_fd()),
             parent: raw::getpid(),
         }
     }
@@ -305,6 +310,9 @@ impl<'a> Launch<'a> {
         let flags = libc::CLOSE_RANGE_CLOEXEC;
         // SAFETY: takes numbers only. Refused by an old kernel it changes nothing, and std opens close-on-exec anyway.
         unsafe { libc::syscall(libc::SYS_close_range, 3, u32::MAX, flags) };
+        for &number in &self.setup.sockets {
+            redirect(self.socket.as_raw_fd(), number)?;
+        }
         default_signals();
         for &(resource, value) in &self.setup.rlimits {
             let limit = libc::rlimit { rlim_cur: value, rlim_max: value };

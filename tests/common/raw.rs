@@ -1,7 +1,7 @@
 //! What may run in a forked child of a process with threads: no allocation, no lock, system calls only.
 
 use std::ffi::CStr;
-use std::os::fd::{AsRawFd, FromRawFd, OwnedFd, RawFd};
+use std::os::fd::{AsRawFd, BorrowedFd, FromRawFd, OwnedFd, RawFd};
 use std::sync::OnceLock;
 use std::time::Duration;
 
@@ -113,6 +113,12 @@ pub fn memfd() -> OwnedFd {
     // SAFETY: numbers only.
     assert_eq!(unsafe { libc::fcntl(fd.as_raw_fd(), libc::F_SETFL, libc::O_APPEND) }, 0);
     fd
+}
+
+/// A duplicate out of the way of small numbers.
+pub fn aside(fd: BorrowedFd<'_>) -> OwnedFd {
+    // SAFETY: numbers only.
+    owned(unsafe { libc::fcntl(fd.as_raw_fd(), libc::F_DUPFD_CLOEXEC, 50) }).expect("a duplicate")
 }
 
 fn owned(fd: RawFd) -> Result<OwnedFd, i32> {
