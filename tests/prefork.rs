@@ -29,7 +29,7 @@ fn restarts_refuse_and_lose_nobody() {
             // One that leaves by itself is replaced.
             let one = server.busy_worker();
             kill(one, libc::SIGTERM);
-            server.line(|line| line.starts_with(&format!("worker[{one}] exited with code 0")));
+            server.line(|line| line.starts_with(&format!("worker[{one}] exited with code")));
             server.until_whole();
         }
     });
@@ -116,6 +116,31 @@ fn the_end_answers_who_has_asked() {
     half.end();
     idle.end();
     server.line(|line| line == "ended");
+}
+
+/// Ctrl-c, and systemd's SIGTERM to all: nobody is killed, and who has been asking is answered, if need be by one more worker.
+#[test]
+fn an_end_that_all_hear() {
+    for signal in [libc::SIGINT, libc::SIGTERM] {
+        let mut server = Server::start();
+        let mut asking = Connection::new(&server.address);
+        asking.write(&request("/first", ""));
+        check(&asking.answer(), "/first", false);
+        server.until_whole();
+        let text = request("/begun", "");
+        asking.write(&text[..20]);
+        server.signal_group(signal);
+        server.line(|line| line == "ending");
+        asking.write(&text[20..]);
+        // A worker that takes over answers before it hears that it is to be the last one.
+        let answer = asking.answer();
+        check(&answer, "/begun", answer.last);
+        asking.end();
+        server.line(|line| line == "ended");
+        let ends: Vec<_> = server.said.iter().filter(|line| line.starts_with("worker[")).collect();
+        assert!((4..=5).contains(&ends.len()) && ends.iter().all(|line| line.contains("exited with")), "{ends:?}");
+        assert!(signal == libc::SIGTERM || ends.iter().all(|line| line.contains("with code 0")), "{ends:?}");
+    }
 }
 
 /// SIGTERM: who is silent is let go after a moment, who is in the middle of a request is not.

@@ -1,6 +1,7 @@
 //! A pre-forking HTTP server that loses no request, whatever kills its workers.
 //!
-//! `cargo run --release --example prefork -- [ADDRESS [WORKERS]]`, then `wrk http://ADDRESS/` against it, and `pkill -9 worker`.
+//! `cargo run --release --example prefork -- [ADDRESS [WORKERS]]`, then `wrk http://ADDRESS/` against it, and `pkill -KILL -x worker -P PID` with the
+//! number that it says is the master's.
 //!
 //! | event | what the master does |
 //! |---|---|
@@ -99,15 +100,16 @@ fn main() -> Result<(), Box<dyn Error>> {
             master.hear(pid)?;
         }
         master.reaper.dispatch()?;
-        for exit in told.try_iter() {
-            master.ended(&exit)?;
-        }
+        // First: a SIGTERM to the whole group may be why workers have ended.
         while let Some(signal) = signals.read_signal()? {
             match Signal::try_from(signal.ssi_signo.cast_signed())? {
                 _ if master.is_ending() => {}
                 Signal::SIGHUP => master.restart()?,
                 _ => master.end()?,
             }
+        }
+        for exit in told.try_iter() {
+            master.ended(&exit)?;
         }
         if knock {
             master.accept()?;

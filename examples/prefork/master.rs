@@ -76,12 +76,12 @@ impl Master {
     pub(crate) fn start(&mut self) -> Result<(), Box<dyn Error>> {
         let (ours, theirs) = Channel::pair()?;
         // Of all that the master has open, the worker keeps its end of the channel; carefork closes the other care-fds: listener, signals,
-        // clients, other workers' channels. Its signals begin at their defaults, but for SIGTERM: it reads that from a descriptor of
-        // its own, and until it has one, the signal waits.
+        // clients, other workers' channels. Its signals begin at their defaults. SIGTERM it reads from a descriptor of its own, and until it
+        // has one, the signal waits; ctrl-c and SIGHUP may come to the whole group, and are the master's.
         let options = ForkOptions::new()
             .name("worker")
             .signals(Signals::Reset)
-            .mask(&[libc::SIGTERM])
+            .mask(&[libc::SIGTERM, libc::SIGINT, libc::SIGHUP])
             .keep(&theirs)
             .death_signal(libc::SIGTERM);
         let (board, faults) = (self.board, self.faults);

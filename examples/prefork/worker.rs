@@ -22,10 +22,14 @@ const TERM: Token = Token(1);
 /// While it drains, those who ask nothing are let go after a moment.
 const QUIET: Duration = Duration::from_millis(500);
 
-/// The worker's exit code.
+/// The exit code of one that was told to leave, and has left its connections to the others.
+const LEFT: i32 = 2;
+
+/// The worker's exit code: 0 if nobody is connected to it any more.
 pub(crate) fn run(channel: &Channel, board: &'static Board, faults: Faults) -> i32 {
     match Worker::new(channel, board, faults).and_then(Worker::serve) {
-        Ok(()) => 0,
+        Ok(true) => 0,
+        Ok(false) => LEFT,
         Err(e) => {
             eprintln!("worker {}: {e}", std::process::id());
             1
@@ -56,7 +60,8 @@ impl<'a> Worker<'a> {
         Ok(Worker { channel, board, faults, poll, connections, unsaid, draining: false, buffer })
     }
 
-    fn serve(mut self) -> io::Result<()> {
+    /// False if it leaves while some are connected.
+    fn serve(mut self) -> io::Result<bool> {
         let mut term = SigSet::empty();
         term.add(Signal::SIGTERM);
         let term = SignalFd::with_flags(&term, SfdFlags::SFD_CLOEXEC | SfdFlags::SFD_NONBLOCK)?;
@@ -80,7 +85,7 @@ impl<'a> Worker<'a> {
                         // more of them, they are served to their end.
                         self.listen()?;
                         if term.read_signal()?.is_some() && !self.draining {
-                            return Ok(());
+                            return Ok(self.connections.is_empty());
                         }
                     }
                     Token(number) => self.turn(number as u64, event.is_read_closed()),
@@ -88,7 +93,7 @@ impl<'a> Worker<'a> {
             }
             self.speak();
         }
-        Ok(())
+        Ok(true)
     }
 
     /// All that the master has said.

@@ -15,6 +15,7 @@ pub mod client;
 pub mod wrk;
 
 use std::io::{BufRead, BufReader};
+use std::os::unix::process::CommandExt as _;
 use std::path::PathBuf;
 use std::process::{Child, Command, ExitStatus, Stdio};
 use std::sync::atomic::{AtomicBool, Ordering::Relaxed};
@@ -63,7 +64,7 @@ impl Server {
     fn start_with(die: Option<&str>) -> Server {
         let mut command = Command::new(program());
         command.args(["127.0.0.1:0", "4"]).env_remove("PREFORK_DIE").envs(die.map(|die| ("PREFORK_DIE", die)));
-        let mut process = command.stdout(Stdio::piped()).spawn().expect("it starts");
+        let mut process = command.process_group(0).stdout(Stdio::piped()).spawn().expect("it starts");
         let out = process.stdout.take().expect("a pipe");
         let (send, lines) = mpsc::channel();
         thread::spawn(move || {
@@ -101,6 +102,12 @@ impl Server {
 
     pub fn signal(&self, signal: i32) {
         kill(self.process.id(), signal);
+    }
+
+    /// To its workers, too, as a terminal does.
+    pub fn signal_group(&self, signal: i32) {
+        // SAFETY: a group of this test's.
+        assert_eq!(unsafe { libc::kill(-self.process.id().cast_signed(), signal) }, 0);
     }
 
     /// Its children: pid and state.
