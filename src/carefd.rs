@@ -93,10 +93,8 @@ impl<T: AsFd + Into<OwnedFd>> CareFd<T> {
     ///
     /// let listener = CareFd::open(|| TcpListener::bind("127.0.0.1:0"))?;
     /// listener.set_nonblocking(true)?;
-    /// let client = CareFd::open({
-    ///     let address = listener.local_addr()?;
-    ///     move || TcpStream::connect(address)
-    /// })?;
+    /// // Connecting waits: outside, and adopted.
+    /// let client = CareFd::new(TcpStream::connect(listener.local_addr()?)?)?;
     /// let connection = loop {
     ///     match CareFd::open(|| Ok(listener.accept()?.0)) {
     ///         // Here poll(2) or an event loop waits, outside.

@@ -3,6 +3,7 @@
 use crate::command_env::Env;
 use crate::command_error::{CommandError, Step};
 use crate::command_stdio::{Kind, Stdio, Streams};
+use crate::error::ForkError;
 use crate::exec_child::{Failure, Stage};
 use crate::exec_plan::{Limit, Moves, Plan, Strings, StringsBuilder};
 use crate::exec_start::{self, NotStarted, PANICKED, PreExec};
@@ -374,7 +375,8 @@ impl<'fd> Command<'fd> {
     fn check(&self) -> Result<(), CommandError> {
         let invalid = |what: &'static str| Err(CommandError::Invalid(Cow::Borrowed(what)));
         if let Err(e) = self.signals.check() {
-            return Err(CommandError::Invalid(e.to_string().into()));
+            let what = if let ForkError::Invalid(what) = e { what.into() } else { e.to_string().into() };
+            return Err(CommandError::Invalid(what));
         }
         if self.session && self.process_group.is_some() {
             return invalid(

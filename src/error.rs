@@ -55,19 +55,19 @@ impl fmt::Display for ForkError {
                 if let Some(at) = entered {
                     write!(f, ", which began at {at}")?;
                 }
-                f.write_str(": end the region first")
+                f.write_str(": end it first (a guard; an initialiser of OnceLock, LazyLock or PerProcess; what CareFd::open runs)")
             }
-            ForkError::InFork => f.write_str("fork called from inside a hook or an at-fork handler"),
+            ForkError::InFork => f.write_str("fork called from inside a hook or an at-fork handler: fork after that, or in the child's Hook::cleanup"),
             ForkError::Busy { culprits } => {
                 write!(f, "the budget of the fork ended; in the way: {culprits}; see ForkOptions::timeout")
             }
             ForkError::WouldDeadlock { culprits } => write!(
                 f,
-                "this thread holds a lock and forks, and cannot go on before another thread that waits for it: {culprits}; \
-                 release the lock first"
+                "this thread holds a lock and forks, and cannot go on before another thread, which waits for that lock, or holds one and forks too: \
+                 {culprits}; release the lock first"
             ),
             ForkError::Vetoed { hook, reason } => write!(f, "hook \"{hook}\" vetoed the fork: {reason}"),
-            ForkError::Invalid(what) => write!(f, "contradictory fork options: {what}"),
+            ForkError::Invalid(what) => write!(f, "invalid fork options: {what}"),
             ForkError::Os(e) => write!(f, "fork failed: {e}"),
         }
     }
@@ -118,7 +118,7 @@ impl fmt::Display for Culprits {
             sep = ", ";
         }
         for t in &self.threads {
-            write!(f, "{sep}thread {} \"{}\" in a region", t.tid, t.name)?;
+            write!(f, "{sep}thread {} \"{}\" in a region or with a carefork lock", t.tid, t.name)?;
             if let Some(at) = t.entered {
                 write!(f, " since {at}")?;
             }

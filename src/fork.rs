@@ -49,6 +49,9 @@ const _: () = assert!(size_of::<Result<Fork, ForkError>>() <= 128);
 /// - a descriptor that is closed in the child (by the clean-up, by `OnFork::Close`, by `close_others`) must not be used there
 ///   through a borrowed or raw descriptor made in the parent.
 /// - memory shared with the parent and open file descriptions (offsets, locks) are shared still.
+/// - it is to end in the function that forked, by exit, exec or a loop of its own: a return, `?` or panic goes on in the parent's frames a second time,
+///   whose buffers are written twice, and a `thread::scope` among them waits for ever for threads that are not there. [`spawn`] cannot go wrong so.
+/// - it starts threads only as far as [`thread`](crate::thread) allows.
 ///
 /// ```
 /// // SAFETY: the child exits at once.
@@ -70,7 +73,7 @@ pub unsafe fn fork() -> Result<Fork, ForkError> {
 /// As for [`fork`].
 ///
 /// # Safety
-/// As for [`fork`]; and `f` uses no care-fd that the clean-up closes.
+/// As for [`fork`]; and `f` uses no borrowed or raw descriptor of a care-fd that the clean-up closes. (The `CareFd` itself panics.)
 ///
 /// ```
 /// // SAFETY: the closure touches nothing of the parent's.
@@ -119,7 +122,9 @@ impl ForkOptions<'_> {
 
     /// Forks a child that cleans up, runs `f` and ends with its result as exit code; the child never returns from here.
     ///
-    /// A panic in `f` is caught there, its message goes to fd 2 by write(2) (no backtrace), and the exit code is 101. No
+    /// A panic in `f` is caught there, its message goes to fd 2 by write(2) (no backtrace), and the exit code is 101. For that the first call puts
+    /// carefork's panic hook before the process's own, which is not called in such children; a hook that is set later takes its place, and may
+    /// wait there for a lock of std's without [`stdio::guard`](crate::stdio::guard). Of the exit code the kernel keeps eight bits. No
     /// destructor of the parent's frames and no atexit handler runs in the child. With [`stdio::guard`](crate::stdio::guard)
     /// registered, what `f` printed is flushed; without it std's lock may be held by a thread that is gone, so only `f` can
     /// know whether flushing is safe.
@@ -128,7 +133,7 @@ impl ForkOptions<'_> {
     /// As for [`fork`].
     ///
     /// # Safety
-    /// As for [`fork`]; and `f` uses no care-fd that the clean-up closes.
+    /// As for [`fork`]; and `f` uses no borrowed or raw descriptor of a care-fd that the clean-up closes. (The `CareFd` itself panics.)
     pub unsafe fn spawn(&self, f: impl FnOnce() -> i32) -> Result<Child, ForkError> {
         stdio::panics_by_write();
         // SAFETY: the caller's promise.

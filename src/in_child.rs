@@ -8,7 +8,8 @@ use std::ffi::CStr;
 use std::io;
 use std::os::fd::RawFd;
 
-/// In a fresh child: what has to be decided. Dropping it cleans up.
+/// In a fresh child: what has to be decided. Dropping it cleans up; so bind it to a name, as `Fork::Child(token)`: with `_` it is dropped where the
+/// `match` ends, after all that the child did there.
 ///
 /// - [`InChild::cleanup`]: this child goes on running the program (a noexec child).
 /// - [`InChild::exec`]: it becomes another program.

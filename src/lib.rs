@@ -25,6 +25,10 @@
 //! threads if those of the parent began and ended by [`thread`], or none began or ended during the fork: else, rarely, the first hangs.
 //! It must not use what [`fork`]'s safety section lists.
 //!
+//! # Letters and numbers
+//! Such as (G6): the promise that the sentence is about, as the project counts them, by section: G gate, H hooks, L locks, F care-fds, K forks, C children,
+//! X programs and passed descriptors, B logging, D seeing what happens, P platforms.
+//!
 //! # Limitations
 //! Linux. Children of vfork, posix_spawn and clone with shared memory must not call this library. Built into a library
 //! that is loaded by dlopen, that library must not be unloaded, and the first region of a thread may allocate its

@@ -64,7 +64,8 @@ impl<'fd> ForkOptions<'fd> {
     }
 
     /// The budget: how long other threads' regions and hooked locks may keep the fork waiting before it gives up with
-    /// [`ForkError::Busy`] (G6).
+    /// [`ForkError::Busy`] (G6). What a [`Hook::prepare`](crate::Hook::prepare) function of your own or [`stdio::guard`](crate::stdio::guard) waits for
+    /// is not bounded by it; that of other libraries' handlers neither.
     pub fn timeout(mut self, budget: Duration) -> Self {
         self.timeout = Some(budget);
         self
@@ -131,7 +132,7 @@ impl<'fd> ForkOptions<'fd> {
 
     /// Whether the parent watches the child by a pidfd; at first it does.
     ///
-    /// Without one a fork of a small process takes a tenth less time (opening, checking and closing it), and waiting and killing go by
+    /// Without one a fork of a small process takes some five per cent less time (opening, checking and closing it), and waiting and killing go by
     /// the child's number: as exact, unless something else in this process waits for children that are not its own. Then a number that
     /// came round again is noticed where carefork forked the second child, too, and not where foreign code did.
     pub fn pidfd(mut self, yes: bool) -> Self {

@@ -31,7 +31,8 @@ pub struct NoForking {
 
 /// Begins a region: until the guard is dropped, a fork from any other thread waits.
 ///
-/// An outermost region waits while the gate is shut for a fork, at most about 100 ms at a time (G11); a nested one never
+/// An outermost region waits while the gate is shut for a fork, at most about 100 ms at a time, or as long as the kernel copies the process, some 20 ms for
+/// each GiB in use (G11); a nested one never
 /// waits. It costs a few nanoseconds, whatever the number of threads. What happens inside should be short and must
 /// not wait for a fork: a coordinated fork that waits longer than its budget (1 s unless set) gives up with
 /// [`ForkError::Busy`](crate::ForkError::Busy), which names this place in builds with debug assertions.

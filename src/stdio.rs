@@ -11,7 +11,7 @@
 //! is written by parent and child both. [`guard`] holds the locks over the fork and empties the buffer before it.
 //!
 //! # Limits
-//! - **This is the one hook that waits without a budget**: std's locks can neither be tried nor waited for with an end. A
+//! - **Of carefork's own hooks this is the one that waits without a budget**: std's locks can neither be tried nor waited for with an end. A
 //!   thread that is stuck while it prints, into a pipe that nobody reads, holds up a fork for as long as it is stuck, past
 //!   its budget too. Regions go on meanwhile. The fork cannot say so itself: [`waiting`] tells any other thread. Forks that queue
 //!   behind it end at their budgets and name it, coordinated ones in [`Culprits::waiting`], foreign ones, which go ahead
@@ -26,7 +26,7 @@
 //!   prepare: a veto (H3).
 //! - C's stdio has buffers of its own, which this does not see.
 //! - While a panic hook runs, its thread is in a region: it must not fork, and one stuck writing its message keeps forks waiting.
-//!   A hook that is set later by `std::panic::set_hook` is not covered, nor is `set_hook` itself.
+//!   A hook that is set later by `std::panic::set_hook` takes the place of carefork's and runs in children, too; `set_hook` itself is not covered.
 
 #![allow(unsafe_code)]
 

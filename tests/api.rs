@@ -344,6 +344,16 @@ fn reapers_have_the_types_they_are_known_by() {
     let _: unsafe fn(Option<ForkReplacement>) = carefork::set_fork_replacement;
 }
 
+#[test]
+fn threads_have_the_functions_they_are_known_by() {
+    use carefork::thread::{self, Builder};
+    let _: fn(fn() -> u8) -> thread::JoinHandle<u8> = thread::spawn;
+    let _: fn() -> Builder = Builder::new;
+    let _: fn(Builder, String) -> Builder = Builder::name;
+    let _: fn(Builder, usize) -> Builder = Builder::stack_size;
+    let _: fn(Builder, fn() -> u8) -> io::Result<thread::JoinHandle<u8>> = Builder::spawn;
+}
+
 /// F5: a word beside the value.
 #[test]
 fn a_care_fd_is_at_most_eight_bytes_more() {
@@ -357,7 +367,7 @@ fn errors_tell() {
     let os = ForkError::Os(io::Error::from_raw_os_error(libc::EAGAIN));
     assert!(os.to_string().contains("Resource temporarily unavailable") && os.source().is_some());
     let forbidden = ForkError::Forbidden { entered: None };
-    assert!(forbidden.to_string().contains("end the region first") && forbidden.source().is_none());
+    assert!(forbidden.to_string().contains("end it first") && forbidden.source().is_none());
     assert!(ForkError::InFork.to_string().contains("hook"));
     let busy = ForkError::Busy { culprits: Culprits::default() };
     assert!(busy.to_string().contains("ForkOptions::timeout"));

@@ -13,7 +13,8 @@ use std::time::{Duration, Instant};
 /// A mutual exclusion lock that no fork by another thread finds held.
 ///
 /// The interface is `lock_api`'s, as in parking_lot. While it is held, forks by other threads wait; the holder itself may fork, and
-/// the guard is valid on both sides then, over data at rest (L4). In a child every such lock is free or held by the child's one
+/// the guard is valid on both sides then, over data at rest (L4). Two holders, of two locks, that fork at the same time cannot both: one gets
+/// [`WouldDeadlock`](crate::ForkError::WouldDeadlock). In a child every such lock is free or held by the child's one
 /// thread. Not `Send` guards: a region belongs to its thread.
 ///
 /// # Panics

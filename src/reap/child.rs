@@ -106,7 +106,8 @@ impl Child {
         self.body.name.as_deref().or_else(|| self.exit.as_ref()?.name.as_deref())
     }
 
-    /// The pidfd, readable once the child has ended; a care-fd, so that it does not linger in other children. `None` where the kernel or
+    /// The pidfd, readable once the child has ended; a care-fd, so that it does not linger in other children; open until the `Child` is
+    /// dropped, for event loops that have it still. `None` where the kernel or
     /// a filter refused one, or [`ForkOptions::pidfd`](crate::ForkOptions::pidfd) said so: then everything else works by number, as well as
     /// that can be ([without pidfds](crate::Reaper#without-pidfds)).
     pub fn pidfd(&self) -> Option<BorrowedFd<'_>> {

@@ -27,7 +27,7 @@ pub struct Exit {
     pub name: Option<Box<str>>,
     /// How it ended.
     pub status: Ending,
-    /// From the fork's return to the moment its end was seen, as `CLOCK_MONOTONIC` counts.
+    /// From the fork's return to the moment its end was seen, as `CLOCK_MONOTONIC` counts: by a reaper at once, by a wait when it came to that.
     pub ran: Duration,
     /// What it used, its own reaped children included. `None` with a status that is lost or was handed in
     /// ([`Reaper::reaped`](crate::Reaper::reaped)).
@@ -161,7 +161,7 @@ impl fmt::Display for Ending {
             Ending::Killed { signal, core } => {
                 write!(f, "killed by {}{}", SignalName(signal), if core { " (core dumped)" } else { "" })
             }
-            Ending::Lost => f.write_str("ended, status lost (taken by another wait)"),
+            Ending::Lost => f.write_str("ended, status lost (another wait took it, or SIGCHLD is ignored)"),
         }
     }
 }
@@ -208,7 +208,10 @@ mod tests {
         assert_eq!(said(40, 245_000), "worker[1234] killed by signal 40 after 4 min 5 s");
         assert_eq!(said(libc::SIGTERM, 7_800_000), "worker[1234] killed by SIGTERM after 2 h 10 min");
         let lost = Exit { pid: 7, name: None, status: Ending::Lost, ran: Duration::ZERO, usage: None };
-        assert_eq!(lost.to_string(), "child[7] ended, status lost (taken by another wait) after 0 ms");
+        assert_eq!(
+            lost.to_string(),
+            "child[7] ended, status lost (another wait took it, or SIGCHLD is ignored) after 0 ms"
+        );
         assert!(lost.exit_status().is_none() && lost.is_lost() && !lost.success());
     }
 
