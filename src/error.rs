@@ -1,5 +1,6 @@
 //! What a fork can fail with, and the fixed buffers it is collected in (K1, G6).
 
+use crate::at_work::Preparing;
 use crate::gate::{Busy, NAMED, Seen};
 use crate::prepare::Outcome;
 use crate::print_wait::Waiting;
@@ -108,6 +109,8 @@ pub struct Culprits {
     pub queue: bool,
     /// That fork waits for a stream that a thread holds which is stuck printing: see [`stdio::guard`](crate::stdio::guard).
     pub waiting: Option<Waiting>,
+    /// That fork is held up by a hook.
+    pub preparing: Option<Preparing>,
 }
 
 impl fmt::Display for Culprits {
@@ -128,10 +131,11 @@ impl fmt::Display for Culprits {
             write!(f, "{sep}{} more threads", self.count - self.threads.len())?;
             sep = ", ";
         }
-        match &self.waiting {
-            Some(waiting) => write!(f, "{sep}{waiting}"),
-            None if sep.is_empty() => f.write_str("another thread's fork"),
-            None => Ok(()),
+        match (&self.waiting, &self.preparing) {
+            (Some(waiting), _) => write!(f, "{sep}{waiting}"),
+            (None, Some(preparing)) => write!(f, "{sep}{preparing}"),
+            (None, None) if sep.is_empty() => f.write_str("another thread's fork"),
+            (None, None) => Ok(()),
         }
     }
 }
@@ -146,11 +150,13 @@ pub(crate) struct Report {
     pub(crate) panic: Text,
     /// Another fork that waited for a stream when this one's time was over.
     pub(crate) print_wait: Option<Waiting>,
+    /// Another fork that was preparing a hook then.
+    pub(crate) preparing: Option<Preparing>,
 }
 
 impl Report {
     pub(crate) const fn new() -> Self {
-        Self { busy: Busy::NONE, hook: None, veto: None, panic: Text::new(), print_wait: None }
+        Self { busy: Busy::NONE, hook: None, veto: None, panic: Text::new(), print_wait: None, preparing: None }
     }
 
     /// As new, without freeing what a hook said: that is not for the middle of a fork (G9).
@@ -159,6 +165,7 @@ impl Report {
         if self.busy.count == 0
             && self.hook.is_none()
             && self.print_wait.is_none()
+            && self.preparing.is_none()
             && self.veto.is_none()
             && self.panic.len == 0
         {
@@ -167,6 +174,7 @@ impl Report {
         self.busy.forget();
         self.hook = None;
         self.print_wait = None;
+        self.preparing = None;
         #[allow(clippy::mem_forget)]
         std::mem::forget(self.veto.take());
         self.panic.len = 0;
@@ -177,7 +185,14 @@ impl Report {
             self.busy.seen.iter().flatten().map(|s| Culprit { tid: s.tid, name: s.name(), entered: s.entered });
         let threads: Vec<_> = threads.collect();
         let queue = threads.is_empty() && self.hook.is_none();
-        Culprits { hook: self.hook, threads, count: self.busy.count, queue, waiting: self.print_wait }
+        Culprits {
+            hook: self.hook,
+            threads,
+            count: self.busy.count,
+            queue,
+            waiting: self.print_wait,
+            preparing: self.preparing,
+        }
     }
 
     /// Allocates: after the fork's return.
@@ -221,6 +236,13 @@ impl Report {
             line.push(b" for ");
             line.number(u32::try_from(w.waited.as_secs()).unwrap_or(u32::MAX));
             line.push(b" s: some thread is stuck printing");
+        }
+        if let Some(p) = self.preparing {
+            line.push(if line.len == head { b"" } else { b":" });
+            line.push(b" a fork of thread ");
+            line.number(p.tid);
+            line.push(b" is held up by hook ");
+            line.push(p.hook.as_bytes());
         }
         for s in self.busy.seen.iter().flatten().take(NAMED) {
             line.push(b" [thread ");

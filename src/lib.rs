@@ -61,6 +61,7 @@ mod verdict_page;
 mod chunks;
 mod slots;
 mod print_wait;
+mod at_work;
 mod streams;
 mod error;
 // register

@@ -3,6 +3,7 @@
 //! [`report`] is for people: a table in a log or on a terminal of a process that does not fork when it should, or whose forks go
 //! ahead dirty. It costs nothing until it is asked for.
 
+pub use crate::at_work::Preparing;
 use crate::audit::{self, Kind};
 use crate::carefd::OnFork;
 use crate::columns::{COLUMNS, printable, shorten, span};
@@ -10,7 +11,7 @@ use crate::durations::Durations;
 use crate::lineage::{Lineage, Stats, lineage, stats};
 use crate::region::no_forking;
 use crate::stdio::{self, Waiting};
-use crate::{registration, runtime};
+use crate::{clock, registration, runtime};
 use std::fmt;
 use std::io;
 use std::os::fd::RawFd;
@@ -32,6 +33,7 @@ pub fn report() -> Report {
     // Before anything that opens something, which is a region of its own.
     let regions = regions();
     let waiting = stdio::waiting();
+    let preparing = runtime::at_work().look(clock::now());
     Report {
         pid: std::process::id(),
         lineage,
@@ -39,6 +41,7 @@ pub fn report() -> Report {
         regions,
         hooks: hooks(),
         waiting,
+        preparing,
         care_fds: care_fds(),
         children: children(),
         stats: stats(),
@@ -60,6 +63,8 @@ pub struct Report {
     pub hooks: Option<Vec<HookEntry>>,
     /// The fork that waits for a thread that is stuck printing, if one does.
     pub waiting: Option<Waiting>,
+    /// The fork that is preparing a hook at this moment, if one does; not told where there are more than 64 hooks.
+    pub preparing: Option<Preparing>,
     /// The threads that are in regions or hold carefork's locks: the ones a fork would wait for now.
     pub regions: Vec<RegionEntry>,
     /// The registered descriptors, rising.
@@ -215,7 +220,7 @@ impl Report {
         }
         match &self.waiting {
             Some(waiting) => writeln!(f, "now: {waiting}"),
-            None => Ok(()),
+            None => self.preparing.iter().try_for_each(|preparing| writeln!(f, "now: {preparing}")),
         }
     }
 
@@ -323,6 +328,7 @@ mod tests {
             off: true,
             hooks: None,
             waiting: None,
+            preparing: None,
             regions: Vec::new(),
             care_fds: Vec::new(),
             children: None,

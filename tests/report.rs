@@ -77,6 +77,13 @@ fn a_fork_in_progress_is_said() {
         let during = report();
         assert_eq!(during.hooks, None);
         assert!(during.to_string().contains("a fork is in progress and has them"), "{during}");
+        let preparing = during.preparing.expect("at this moment");
+        assert_eq!(preparing.hook, "slow");
+        let threads = std::fs::read_dir("/proc/self/task").expect("/proc");
+        let mut tids = threads.map(|t| t.expect("a thread").file_name());
+        assert!(tids.any(|t| t.to_str() == Some(&preparing.tid.to_string())) && preparing.tid != std::process::id());
+        let line = format!("\nnow: the fork of thread {} has been preparing hook \"slow\" for ", preparing.tid);
+        assert!(during.to_string().contains(&line), "{during}");
         go.send(()).expect("it waits");
         // A fork that gave way prepares again.
         while !forker.is_finished() {
@@ -86,6 +93,7 @@ fn a_fork_in_progress_is_said() {
         assert_eq!(forker.join().expect("no panic"), 0);
         assert!(inside.load(SeqCst));
         assert_eq!(names(&report()), [(0, "slow")]);
+        assert_eq!(report().preparing, None);
         drop(kept);
     });
 }

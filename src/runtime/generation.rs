@@ -157,6 +157,7 @@ pub(super) fn take_over(ghosts: bool) {
         c.store(0, Relaxed);
     }
     STATE.streams.wait.clear();
+    STATE.at_work.ends();
     grow_up();
 }
 

@@ -70,6 +70,7 @@ pub(crate) fn child_by_hand() {
 
 struct Handlers<'a> {
     passage: &'a Passage,
+    tid: u32,
     coordinated: bool,
     report: &'a mut Report,
     /// A foreign fork that met a veto: goes ahead without that hook, dirty.
@@ -96,6 +97,9 @@ impl Steps for Handlers<'_> {
         let mut now = clock::now();
         let attempt = hook::Attempt { hooks: &STATE.hooks, how };
         let all = STATE.hooks.prepare(|h| {
+            if timed {
+                STATE.at_work.begin(self.tid, h.name, now);
+            }
             let step = match attempt.prepare(h) {
                 Ok(()) => Step::Prepared,
                 Err(why) => hook::refuse(h, why, self.coordinated, self.report, &mut self.vetoed, &mut end),
@@ -106,6 +110,7 @@ impl Steps for Handlers<'_> {
             }
             step
         });
+        STATE.at_work.ends();
         if STATE.streams.wait.take_long() {
             // Where the budget ends before the fork, this is what has used it up.
             self.report.hook = Some(print_wait::HOOK);
@@ -214,9 +219,15 @@ fn leave_errno(passage: &Passage, errno: i32) {
 fn prepare_coordinated(me: &Slot, request: &mut Request, collected: &mut Collected) {
     let Request { deadline, let_go_at, bound, since, .. } = *request;
     let plan = Plan { coordinated: true, deadline, let_go_at, bound, since };
-    let mut steps = Handlers { passage: &me.passage, coordinated: true, report: &mut collected.report, vetoed: false };
+    let mut steps = Handlers {
+        passage: &me.passage,
+        tid: me.tid.load(Relaxed),
+        coordinated: true,
+        report: &mut collected.report,
+        vetoed: false,
+    };
     let outcome = prepare::prepare(&STATE.gate, me, &mut steps, &plan, &mut collected.busy);
-    look_for_print_wait(outcome, &mut collected.report);
+    look_for_another(outcome, &mut collected.report);
     request.outcome = Some(outcome);
     request.since = match outcome {
         Outcome::Again { since, .. } => Some(since),
@@ -250,7 +261,8 @@ fn prepare_foreign(me: &Slot, collected: &mut Collected) {
     let plan = Plan { coordinated: false, deadline, let_go_at: None, bound: FIRST_BOUND, since: None };
     let passage = &me.passage;
     let report = &mut *collected.report;
-    let mut steps = Handlers { passage, coordinated: false, report, vetoed: false };
+    let tid = me.tid.load(Relaxed);
+    let mut steps = Handlers { passage, tid, coordinated: false, report, vetoed: false };
     let outcome = prepare::prepare(&STATE.gate, me, &mut steps, &plan, &mut collected.busy);
     let vetoed = steps.vetoed;
     let committed = match outcome {
@@ -267,7 +279,7 @@ fn prepare_foreign(me: &Slot, collected: &mut Collected) {
         passage.dirty.set(true);
         STATE.count.dirty.fetch_add(1, Relaxed);
         collected.report.busy = collected.busy;
-        look_for_print_wait(outcome, &mut collected.report);
+        look_for_another(outcome, &mut collected.report);
         if !collected.report.say(outcome) {
             STATE.count.unreported.fetch_add(1, Relaxed);
         }
@@ -282,12 +294,18 @@ fn prepare_foreign(me: &Slot, collected: &mut Collected) {
     }
 }
 
-/// A fork that ran out of time may have queued behind one that waits for a stream; its own wait is over. One that has only
+/// What is worth a word in another fork's error.
+const LONG: Duration = Duration::from_nanos(print_wait::LONG);
+
+/// A fork that ran out of time may have queued behind one that waits for a stream, or in a hook; its own wait is over. One that has only
 /// begun is not to blame.
-fn look_for_print_wait(outcome: Outcome, report: &mut Report) {
+fn look_for_another(outcome: Outcome, report: &mut Report) {
     if outcome == Outcome::Busy {
         let waiting = STATE.streams.wait.look(clock::now());
-        report.print_wait = waiting.filter(|w| w.waited >= Duration::from_nanos(print_wait::LONG));
+        report.print_wait = waiting.filter(|w| w.waited >= LONG);
+        if report.print_wait.is_none() {
+            report.preparing = STATE.at_work.look(clock::now()).filter(|p| p.taken >= LONG);
+        }
     }
 }
 

@@ -6,6 +6,7 @@
 
 #![allow(unsafe_code)]
 
+use crate::at_work::AtWork;
 use crate::care_table;
 use crate::durations::Clocked;
 use crate::error::{ForkError, Report};
@@ -68,6 +69,7 @@ struct State {
     foreign_budget: AtomicU64,
     count: Counters,
     waited: Waited,
+    at_work: AtWork,
     streams: Streams,
     streams_free_in: AtomicU64,
     gate: Gate<SlotTable>,
@@ -100,6 +102,7 @@ static STATE: State = State {
         programs: AtomicU64::new(0),
     },
     waited: Waited { turn: Clocked::new(), regions: Clocked::new(), hooks: Clocked::new(), fork: Clocked::new() },
+    at_work: AtWork::new(),
     streams: Streams::new(),
     streams_free_in: AtomicU64::new(0),
     gate: Gate::new(SlotTable::new()),
@@ -158,6 +161,11 @@ pub(crate) fn count() -> &'static Counters {
 
 pub(crate) fn waited() -> &'static Waited {
     &STATE.waited
+}
+
+/// The hook that a fork is preparing.
+pub(crate) fn at_work() -> &'static AtWork {
+    &STATE.at_work
 }
 
 /// std's streams, and which fork waits for them.
