@@ -110,7 +110,7 @@ pub struct Culprits {
     /// That fork waits for a stream that a thread holds which is stuck printing: see [`stdio::guard`](crate::stdio::guard).
     pub waiting: Option<Waiting>,
     /// That fork is held up by a hook.
-    pub preparing: Option<Preparing>,
+    pub preparing: Option<Box<Preparing>>,
 }
 
 impl fmt::Display for Culprits {
@@ -191,7 +191,7 @@ impl Report {
             count: self.busy.count,
             queue,
             waiting: self.print_wait,
-            preparing: self.preparing,
+            preparing: self.preparing.map(Box::new),
         }
     }
 
