@@ -351,7 +351,7 @@ fn a_fork_that_never_comes_to_its_turn() {
             let clock = run_clock(20 * MS);
             let Err(ForkError::Busy { culprits }) = coordinated(|| 1) else { panic!("the other is stuck") };
             assert!(culprits.queue && culprits.count == 0, "{culprits:?}");
-            let preparing = culprits.preparing.expect("for a long while");
+            let preparing = culprits.preparing.clone().expect("for a long while");
             assert_eq!(preparing.hook, "slow");
             assert_eq!(culprits.to_string(), preparing.to_string());
             ends_well(foreign(|| i32::from(!lineage().dirty)));
