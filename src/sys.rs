@@ -378,26 +378,49 @@ pub(crate) fn identity(fd: RawFd) -> Option<(u64, u64)> {
     (r == 0).then_some((st.st_dev, st.st_ino))
 }
 
-/// Whether a short write to `fd` would go through now.
-fn writable_now(fd: RawFd) -> bool {
-    keep_errno(|| {
-        let mut p = libc::pollfd { fd, events: libc::POLLOUT, revents: 0 };
-        // SAFETY: one live pollfd, no waiting.
-        let n = unsafe { libc::poll(&mut p, 1, 0) };
-        n == 1 && p.revents & libc::POLLOUT != 0
-    })
+/// What poll(2) finds of writing to `fd`, at once.
+fn poll_out(fd: RawFd) -> i16 {
+    let mut p = libc::pollfd { fd, events: libc::POLLOUT, revents: 0 };
+    // SAFETY: one live pollfd, no waiting.
+    if keep_errno(|| unsafe { libc::poll(&mut p, 1, 0) }) == 1 { p.revents } else { 0 }
 }
 
-/// One write to `fd` if it can be written at once; whether all of `text` went out.
+/// One write to `fd` if it can be written at once; whether all of `text` went out. Never ends the process by SIGPIPE.
 pub(crate) fn write_if_writable(fd: RawFd, text: &[u8]) -> bool {
-    if !writable_now(fd) {
+    // Its reader, or peer, is gone where poll says more.
+    if poll_out(fd) != libc::POLLOUT {
         return false;
     }
     keep_errno(|| {
-        // SAFETY: `text` is live and of that length.
-        let n = unsafe { libc::write(fd, text.as_ptr().cast(), text.len()) };
-        n == text.len() as isize
+        without_sigpipe(|| {
+            // SAFETY: `text` is live and of that length.
+            let n = unsafe { libc::write(fd, text.as_ptr().cast(), text.len()) };
+            n == text.len() as isize
+        })
     })
+}
+
+/// The reader may go away between poll and write: the signal that `f` causes in this thread is taken out again.
+fn without_sigpipe<R>(f: impl FnOnce() -> R) -> R {
+    const SIZE: usize = size_of::<u64>();
+    let pipe: u64 = 1 << (libc::SIGPIPE - 1);
+    let (mut before, mut pending) = (0u64, 0u64);
+    let ptr = |set: &u64| std::ptr::from_ref(set) as usize;
+    let out = |set: &mut u64| std::ptr::from_mut(set) as usize;
+    let block = [libc::SIG_BLOCK as usize, ptr(&pipe), out(&mut before), SIZE, 0, 0];
+    // SAFETY: two live signal sets of the kernel's size.
+    unsafe { raw(libc::SYS_rt_sigprocmask, block) };
+    // SAFETY: one live signal set.
+    unsafe { raw(libc::SYS_rt_sigpending, [out(&mut pending), SIZE, 0, 0, 0, 0]) };
+    let r = f();
+    if pending & pipe == 0 {
+        let now = timespec(0);
+        // SAFETY: a live signal set and time; it does not wait.
+        unsafe { raw(libc::SYS_rt_sigtimedwait, [ptr(&pipe), 0, std::ptr::from_ref(&now) as usize, SIZE, 0, 0]) };
+    }
+    // SAFETY: a live signal set.
+    unsafe { raw(libc::SYS_rt_sigprocmask, [libc::SIG_SETMASK as usize, ptr(&before), 0, SIZE, 0, 0]) };
+    r
 }
 
 // -- fork, exit, wait
@@ -563,14 +586,9 @@ pub(crate) fn is_dead(pid: u32) -> bool {
 
 /// Whether a write to `fd` comes back at once, if only with an error: there is room, or it is not open at all.
 ///
-/// Not where poll finds nothing but an error: writing to a pipe without a reader may end the process by SIGPIPE.
+/// Not where poll finds an error, or that the other end is gone: writing to it may end the process by SIGPIPE.
 pub(crate) fn takes_now(fd: RawFd) -> bool {
-    keep_errno(|| {
-        let mut p = libc::pollfd { fd, events: libc::POLLOUT, revents: 0 };
-        // SAFETY: one live pollfd, no waiting.
-        let n = unsafe { libc::poll(&mut p, 1, 0) };
-        n == 1 && p.revents & libc::POLLERR == 0 && p.revents & (libc::POLLOUT | libc::POLLNVAL) != 0
-    })
+    matches!(poll_out(fd), libc::POLLOUT | libc::POLLNVAL)
 }
 
 /// Runs `f` with a pipe in the place of `fd`, and throws away what it writes there, 4096 bytes at most; how many bytes. An

@@ -11,6 +11,7 @@ use kit::{
     Calls, InRegion, Ran, SOON, State, Stop, assert_gate_open, assert_no_child, block, captured, catch, code, foreign,
     forked, ignore, shared,
 };
+use std::os::fd::{AsFd as _, AsRawFd as _};
 use std::sync::Mutex;
 use std::sync::atomic::Ordering::SeqCst;
 use std::thread;
@@ -221,6 +222,26 @@ fn a_refused_fork_whose_child_somebody_else_reaps() {
             }
         });
         assert_no_child();
+    });
+}
+
+/// What carefork has to say on a pipe without a reader is dropped and counted; SIGPIPE, at its default, ends nobody.
+#[test]
+fn nobody_reads_what_it_says() {
+    isolated("nobody_reads_what_it_says", 30, || {
+        // SAFETY: plain dispositions.
+        unsafe { libc::signal(libc::SIGPIPE, libc::SIG_DFL) };
+        std::panic::set_hook(Box::new(|_| ()));
+        let hook = carefork::register(Hook::new("bad").parent(|| panic!("on purpose")));
+        let broken = std::io::pipe().expect("a pipe").1;
+        let stderr = raw::aside(std::io::stderr().as_fd());
+        // SAFETY: this process's own stream, which is put back.
+        unsafe { libc::dup2(broken.as_raw_fd(), 2) };
+        assert_eq!(code(&mut forked(&ForkOptions::new(), |_| 3)), 3);
+        assert!(carefork::stats().unreported > 0);
+        // SAFETY: as above.
+        unsafe { libc::dup2(stderr.as_raw_fd(), 2) };
+        drop(hook);
     });
 }
 

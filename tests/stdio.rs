@@ -9,9 +9,10 @@ mod streams;
 
 use carefork::stdio::{self, Stream};
 use carefork::{ForkError, ForkOptions, no_forking};
-use common::{ForkGuardAlloc, Setup, Tally, Verdict, check, fork_many, isolated, isolated_with, reap};
+use common::{ForkGuardAlloc, Setup, Tally, Verdict, check, fork_many, isolated, isolated_with, raw, reap};
 use drive::{BOTH, Kind, MS, SOON, Stop, freeze, run_clock, run_slowly, until};
-use std::io::Write as _;
+use std::io::{self, Write as _};
+use std::os::fd::{AsFd as _, AsRawFd as _};
 use std::panic::catch_unwind;
 use std::sync::atomic::{AtomicBool, AtomicI32, AtomicU32, AtomicU64, Ordering::SeqCst};
 use std::thread;
@@ -254,6 +255,25 @@ fn without_descriptors_the_child_says_so() {
         pipe.drain();
         drop(redirected);
         assert_eq!(pipe.drain(), "<half>");
+    });
+}
+
+#[test]
+fn a_socket_whose_peer_is_gone_ends_nobody() {
+    isolated("a_socket_whose_peer_is_gone_ends_nobody", 30, || {
+        let stdout = raw::aside(io::stdout().as_fd());
+        // SAFETY: plain dispositions.
+        unsafe { libc::signal(libc::SIGPIPE, libc::SIG_DFL) };
+        let (ours, _) = std::os::unix::net::UnixStream::pair().expect("a pair");
+        // SAFETY: this process's own stream, which is put back.
+        unsafe { libc::dup2(ours.as_raw_fd(), 1) };
+        let _guard = carefork::stdio::guard();
+        print!("half a line");
+        for kind in BOTH {
+            ends_well(fork_without_end(kind, || 0));
+        }
+        // SAFETY: as above.
+        unsafe { libc::dup2(stdout.as_raw_fd(), 1) };
     });
 }
 
