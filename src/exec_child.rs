@@ -238,12 +238,24 @@ fn who(plan: &Plan) -> Result<(), Failure> {
 
 fn descriptors(plan: &Plan) -> Result<(), Failure> {
     let mut aside: RawFd = -1;
-    for (index, step) in (0..).zip(&plan.moves.steps) {
+    let steps = &plan.moves.steps;
+    for (index, step) in (0..).zip(steps) {
         let done = match *step {
             Move::Stay(fd) => sys_exec::keep_across_exec(fd),
             Move::Dup { from, to } => sys_exec::dup_onto(from, to),
-            // Rings come last: every number that is still to be written is open, and so is not given out.
-            Move::Aside { from, .. } => sys_exec::dup_above(from, 0).map(|fd| aside = fd),
+            Move::Aside { from, .. } => {
+                // Rings come last, and all of this one is open: so no number that is still to be written is given out.
+                for (index, later) in (0..).zip(steps).skip(index as usize + 1) {
+                    match *later {
+                        Move::Dup { from, .. } if sys_exec::is_open(from) => {}
+                        Move::Dup { .. } => {
+                            return Err(Failure { stage: Stage::Descriptor, index, errno: libc::EBADF });
+                        }
+                        _ => break,
+                    }
+                }
+                sys_exec::dup_above(from, 0).map(|fd| aside = fd)
+            }
             Move::Back { to, .. } => {
                 let done = sys_exec::dup_onto(aside, to);
                 sys_exec::close(aside);

@@ -36,7 +36,7 @@ use crate::region::no_forking;
 use crate::runtime::{Start, count};
 use crate::signals::Signals;
 use crate::sys_reap::{self, How, Which};
-use crate::{clock, sys, sys_exec, sys_signals};
+use crate::{clock, stdio, sys, sys_exec, sys_signals};
 use std::io::{self, PipeReader, Read};
 use std::os::fd::{AsRawFd, BorrowedFd, FromRawFd, OwnedFd, RawFd};
 use std::panic::{AssertUnwindSafe, catch_unwind};
@@ -146,6 +146,8 @@ pub(crate) unsafe fn start_by_fork(
     timeout: Option<Duration>,
     closures: &mut [PreExec],
 ) -> Result<Child, NotStarted> {
+    // A closure that panics: another thread may be in the middle of a panic's message.
+    stdio::panics_by_write();
     let (from, to) = report_pipe(plan).map_err(NotStarted::Pipe)?;
     let before = sys_signals::current_mask();
     let all: Vec<i32> = (1..=crate::signals::LAST).collect();
@@ -160,6 +162,7 @@ pub(crate) unsafe fn start_by_fork(
         Fork::Child(token) => {
             // Its clean-up is for children that do not exec.
             std::mem::forget(token);
+            stdio::in_spawned_child();
             let failure = prepare_and_exec(plan, &before, closures);
             sys_exec::tell(to.as_raw_fd(), &failure.to_bytes());
             sys_exec::exit_group(127)

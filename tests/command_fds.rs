@@ -6,7 +6,7 @@
 
 mod common;
 
-use carefork::{CareFd, Command, CommandError, OnFork, Stdio};
+use carefork::{CareFd, Command, CommandError, OnFork, Stdio, Step};
 use common::{Rng, Setup, isolated, isolated_with, raw};
 use proptest::prelude::*;
 use proptest::test_runner::{Config, RngAlgorithm, TestRng, TestRunner};
@@ -336,6 +336,40 @@ fn what_a_fork_closes_is_not_passed_by_one() {
             let e = command.spawn().expect_err("closed at the fork");
             assert!(matches!(e, CommandError::Invalid(_)), "{e}");
             assert!(e.to_string().contains("OnFork::Cleanup") && e.to_string().contains("pre_exec"), "{e}");
+        }
+    });
+}
+
+/// Numbers that change places, and one of them is not open: the copy that is put aside must not have that number.
+#[test]
+fn a_ring_with_a_gap_starts_nothing() {
+    isolated("a_ring_with_a_gap_starts_nothing", 30, || {
+        let (a, gap, b) = (raw::memfd(), raw::memfd(), raw::memfd());
+        let [first, free, last] = [&a, &gap, &b].map(AsRawFd::as_raw_fd);
+        drop(gap);
+        // SAFETY: the number is only asked for.
+        let gone = unsafe { BorrowedFd::borrow_raw(free) };
+        for to in [[last, first, free], [free, last, first]] {
+            let mut command = Command::new("true");
+            command.pass_fd_as(&a, to[0]).pass_fd_as(&gone, to[1]).pass_fd_as(&b, to[2]);
+            let e = command.status().expect_err("it is not open");
+            assert!(matches!(e, CommandError::Step { step: Step::NotOpen { from, .. }, .. } if from == free), "{e}");
+        }
+    });
+}
+
+/// The pipe that tells of an exec's failure keeps out of the way of what is to be passed.
+#[test]
+fn a_failed_exec_is_told_whatever_is_passed() {
+    isolated("a_failed_exec_is_told_whatever_is_passed", 60, || {
+        let (file, _many) = (raw::memfd(), (3..40).map(|_| raw::memfd()).collect::<Vec<_>>());
+        for to in 3..60 {
+            let mut command = Command::new("/nonexistent");
+            command.pass_fd_as(&file, to);
+            // SAFETY: does nothing.
+            unsafe { command.pre_exec(|| Ok(())) };
+            let e = command.spawn().map(drop).expect_err("no such program");
+            assert!(matches!(e, CommandError::Step { step: Step::Exec(_), .. }), "{to}: {e}");
         }
     });
 }

@@ -9,6 +9,9 @@ use std::io::{self, Write as _};
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd};
 use std::os::unix::fs::PermissionsExt as _;
 use std::path::PathBuf;
+use std::sync::atomic::AtomicBool;
+use std::sync::atomic::Ordering::SeqCst;
+use std::thread;
 
 /// A directory of files that cannot be run, each in a way of its own.
 struct Files(PathBuf);
@@ -289,4 +292,31 @@ fn a_clone_that_fails_leaves_everything_as_it_was() {
             assert_eq!(carefork::stats().reopened, 0);
         });
     }
+}
+
+/// Other threads are in the middle of their panics' messages: the locks for that are nobody's in the child.
+#[test]
+fn a_closure_panics_beside_others() {
+    let setup = Setup { env: vec![("RUST_BACKTRACE".to_owned(), "1".to_owned())], ..Setup::default() };
+    isolated_with("failing::a_closure_panics_beside_others", 60, setup, || {
+        let done = AtomicBool::new(false);
+        thread::scope(|s| {
+            for _ in 0..3 {
+                s.spawn(|| {
+                    while !done.load(SeqCst) {
+                        assert!(std::panic::catch_unwind(|| panic!("noise")).is_err());
+                    }
+                });
+            }
+            for _ in 0..20 {
+                let mut command = Command::new("true");
+                command.timeout_never();
+                // SAFETY: panics.
+                unsafe { command.pre_exec(|| panic!("in a closure")) };
+                let e = command.spawn().map(drop).expect_err("refused by the closure");
+                assert!(matches!(e, CommandError::Step { step: Step::PreExec(0), .. }), "{e}");
+            }
+            done.store(true, SeqCst);
+        });
+    });
 }
