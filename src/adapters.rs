@@ -6,6 +6,8 @@
 #![allow(unsafe_code)]
 
 use crate::hook::{Foreign, Hook};
+use crate::locks;
+use std::any::TypeId;
 use std::cell::UnsafeCell;
 use std::mem::ManuallyDrop;
 use std::ops::Deref;
@@ -172,6 +174,12 @@ unsafe fn overwrite<R>(raw: &R, init: R) {
     unsafe { raw.write(init) };
 }
 
+/// carefork's own locks, whose waiters are no threads that are gone, and whose hold is a region of the thread's that has to end.
+fn is_own<R: 'static>() -> bool {
+    let raw = TypeId::of::<R>();
+    raw == TypeId::of::<locks::RawMutex>() || raw == TypeId::of::<locks::RawRwLock>()
+}
+
 /// The adapters of one version of `lock_api`; what differs between versions stands in the module that calls this.
 macro_rules! lock_api_adapters {
     () => {
@@ -188,7 +196,7 @@ macro_rules! lock_api_adapters {
         impl<L, R, T> Foreign for ForMutex<L, R>
         where
             L: Deref<Target = Mutex<R, T>> + Send + Sync,
-            R: RawMutex,
+            R: RawMutex + 'static,
             T: ?Sized,
         {
             fn take(&self) -> bool {
@@ -210,6 +218,9 @@ macro_rules! lock_api_adapters {
             }
 
             fn release_in_child(&self) {
+                if is_own::<R>() {
+                    return self.release();
+                }
                 // SAFETY: as in `take`. Its state goes with the value that is overwritten.
                 let _state = ManuallyDrop::new(unsafe { &mut *self.held.get() }.take());
                 // SAFETY: no guard of it lives in this process: this thread held it by `take`.
@@ -233,7 +244,7 @@ macro_rules! lock_api_adapters {
         impl<L, R, T> Foreign for ForRwLock<L, R>
         where
             L: Deref<Target = RwLock<R, T>> + Send + Sync,
-            R: RawRwLock,
+            R: RawRwLock + 'static,
             T: ?Sized,
         {
             fn take(&self) -> bool {
@@ -255,6 +266,9 @@ macro_rules! lock_api_adapters {
             }
 
             fn release_in_child(&self) {
+                if is_own::<R>() {
+                    return self.release();
+                }
                 // SAFETY: as in `ForMutex`.
                 let _state = ManuallyDrop::new(unsafe { &mut *self.held.get() }.take());
                 // SAFETY: as in `ForMutex`.
@@ -271,7 +285,7 @@ macro_rules! lock_api_adapters {
         impl<L, R, G, T> Foreign for ForReentrant<L>
         where
             L: Deref<Target = ReentrantMutex<R, G, T>> + Send + Sync,
-            R: RawMutex,
+            R: RawMutex + 'static,
             G: GetThreadId,
             T: ?Sized,
         {
@@ -287,7 +301,7 @@ macro_rules! lock_api_adapters {
 
             fn release_in_child(&self) {
                 // Where unlocking needs something that locking gave (no lock of parking_lot), it is out of reach here.
-                if size_of::<MutexState<R>>() == 0 {
+                if !is_own::<R>() && size_of::<MutexState<R>>() == 0 {
                     // SAFETY: the owner and the count, which stand beside it, are right already: this thread holds it, by `take`
                     // and perhaps before. The raw lock is renewed and locked again, so that no unlocking finds ghosts.
                     let raw = unsafe { self.lock.raw() };
@@ -304,7 +318,7 @@ macro_rules! lock_api_adapters {
 
 /// lock_api 0.5: locking gives a value that unlocking wants.
 mod current {
-    use super::{Deref, Foreign, ManuallyDrop, UnsafeCell, overwrite};
+    use super::{Deref, Foreign, ManuallyDrop, UnsafeCell, is_own, overwrite};
     use lock_api::{GetThreadId, Mutex, RawMutex, RawRwLock, ReentrantMutex, RwLock};
 
     pub(super) type MutexState<R> = <R as RawMutex>::Guard;
@@ -384,7 +398,7 @@ impl Hook {
     /// let hook = carefork::register(carefork::Hook::lock_api_reentrant("tree", Arc::clone(&tree)));
     /// # drop(hook);
     /// ```
-    pub fn lock_api_reentrant<R: lock_api::RawMutex, G: lock_api::GetThreadId, T: ?Sized>(
+    pub fn lock_api_reentrant<R: lock_api::RawMutex + 'static, G: lock_api::GetThreadId, T: ?Sized>(
         name: &'static str,
         lock: impl Deref<Target = lock_api::ReentrantMutex<R, G, T>> + Send + Sync + 'static,
     ) -> Hook {
@@ -395,7 +409,7 @@ impl Hook {
 /// lock_api 0.4: the same without the value.
 #[cfg(feature = "parking_lot_0_12")]
 mod v0_4 {
-    use super::{Deref, Foreign, ManuallyDrop, UnsafeCell, overwrite};
+    use super::{Deref, Foreign, ManuallyDrop, UnsafeCell, is_own, overwrite};
     use lock_api_0_4::{GetThreadId, Mutex, RawMutex, RawRwLock, ReentrantMutex, RwLock};
     use std::marker::PhantomData;
 
@@ -447,7 +461,7 @@ impl Hook {
     }
 
     /// [`Hook::lock_api_reentrant`] for lock_api 0.4 (parking_lot 0.12), with the same limits.
-    pub fn lock_api_0_4_reentrant<R: lock_api_0_4::RawMutex, G: lock_api_0_4::GetThreadId, T: ?Sized>(
+    pub fn lock_api_0_4_reentrant<R: lock_api_0_4::RawMutex + 'static, G: lock_api_0_4::GetThreadId, T: ?Sized>(
         name: &'static str,
         lock: impl Deref<Target = lock_api_0_4::ReentrantMutex<R, G, T>> + Send + Sync + 'static,
     ) -> Hook {

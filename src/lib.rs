@@ -72,9 +72,9 @@ mod region;
 pub mod thread;
 mod carefd;
 mod carefd_io;
-mod adapters;
 pub mod stdio;
 mod locks;
+mod adapters;
 // fork
 mod signals;
 mod options;

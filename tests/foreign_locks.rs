@@ -553,3 +553,39 @@ fn the_lock_lives_as_long_as_the_hook() {
         assert_eq!(Arc::strong_count(&alive), 1);
     });
 }
+
+/// carefork's own, where a hook holds them all the same: their hold is a region, which ends in the child, too.
+#[test]
+fn hooks_for_careforks_own_locks() {
+    isolated("hooks_for_careforks_own_locks", 60, || {
+        static MUTEX: carefork::Mutex<u32> = carefork::Mutex::new(0);
+        static RWLOCK: carefork::RwLock<u32> = carefork::RwLock::new(0);
+        static TREE: lock_api::ReentrantMutex<carefork::RawMutex, Number, u32> =
+            lock_api::ReentrantMutex::from_raw(lock_api::RawMutex::INIT, Number, 0);
+        let _mutex = register(Hook::lock_api_mutex("mutex", &MUTEX));
+        let _rwlock = register(Hook::lock_api_rwlock("rwlock", &RWLOCK));
+        let _tree = register(Hook::lock_api_reentrant("tree", &TREE));
+        for kind in BOTH {
+            ends_well(kind.noexec(|| {
+                *MUTEX.lock() += 1;
+                *RWLOCK.write() += 1;
+                drop(TREE.lock());
+                // Nobody is in a region: another thread forks.
+                thread::spawn(|| ends_well(coordinated(|| 0).expect("a child"))).join().map_or(1, |()| 0)
+            }));
+        }
+    });
+}
+
+/// A thread's number, the address of something of its own.
+struct Number;
+
+// SAFETY: each living thread has another.
+unsafe impl lock_api::GetThreadId for Number {
+    const INIT: Self = Number;
+
+    fn nonzero_thread_id(&self) -> std::num::NonZeroUsize {
+        thread_local!(static OWN: u8 = const { 0 });
+        OWN.with(|own| std::ptr::from_ref(own).addr().try_into().expect("no null"))
+    }
+}
