@@ -44,7 +44,8 @@ pub enum ForkError {
     },
     /// Options that contradict each other or name something that is not there; found before anything was forked.
     Invalid(&'static str),
-    /// The system call failed: EAGAIN (limits on processes), ENOMEM.
+    /// The system call failed: EAGAIN (limits on processes), ENOMEM; EMFILE or ENFILE where there is no descriptor for the /dev/null of
+    /// [`ForkOptions::stdio_null`](crate::ForkOptions::stdio_null).
     Os(io::Error),
 }
 

@@ -14,7 +14,7 @@ use crate::reap::{known, orphans};
 use crate::runtime::{self, Passed, Request, count};
 use crate::{care_table, clock, replace, stdio, sys, sys_signals};
 use std::io::Write;
-use std::os::fd::{AsRawFd, IntoRawFd};
+use std::os::fd::AsRawFd;
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::atomic::Ordering::Relaxed;
 
@@ -263,11 +263,9 @@ impl ForkOptions<'_> {
         }
         if let Some(null) = ready.null {
             sys::become_stdio(null.as_raw_fd());
+            // With a number of a standard stream, which was closed in the parent, it is that stream now, and not closed here.
             care_table::forget_stdio();
-            if null.as_raw_fd() <= libc::STDERR_FILENO {
-                // A standard stream was closed in the parent, and this is it now.
-                let _ = null.into_raw_fd();
-            }
+            drop(null);
         }
         if self.close_others {
             care_table::close_all_but(&ready.keep, None);

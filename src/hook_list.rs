@@ -194,15 +194,15 @@ impl<T> HookList<T> {
         !self.pending.load(Relaxed).is_null() || !self.garbage.load(Relaxed).is_null()
     }
 
-    /// Frees what was unlinked. Not in a fork.
-    pub(crate) fn collect(&self) {
+    /// Frees what was unlinked, by `free`, which does not unwind. Not in a fork.
+    pub(crate) fn collect(&self, free: impl Fn(T)) {
         let mut node = self.garbage.swap(null_mut(), AcqRel);
         while !node.is_null() {
             // SAFETY: nodes in the garbage are linked nowhere and their owners have left; the swap made this thread the
             // only one that knows them. They came from `Box::into_raw`.
-            let boxed = unsafe { Box::from_raw(node) };
-            node = boxed.next.load(Relaxed);
-            drop(boxed);
+            let Node { value, next, .. } = *unsafe { Box::from_raw(node) };
+            node = next.load(Relaxed);
+            free(value);
         }
     }
 

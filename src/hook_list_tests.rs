@@ -118,6 +118,6 @@ fn who_left_before_being_linked_is_freed() {
         }
     }
     list.settle();
-    list.collect();
+    list.collect(drop);
     assert_eq!((list.len(), std::sync::Arc::strong_count(&counted)), (2, 3));
 }

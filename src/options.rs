@@ -2,6 +2,7 @@
 
 #![allow(unsafe_code)]
 
+use crate::carefd::CareFd;
 use crate::error::ForkError;
 use crate::signals::{LAST, Signals};
 use crate::{sys, sys_signals};
@@ -169,7 +170,8 @@ impl<'fd> ForkOptions<'fd> {
         let mut keep = self.keep.clone();
         keep.sort_unstable();
         keep.dedup();
-        let null = if self.stdio_null { Some(sys::open_null().map_err(ForkError::Os)?) } else { None };
+        let null =
+            if self.stdio_null { Some(CareFd::open_cloexec(sys::open_null).map_err(ForkError::Os)?) } else { None };
         let armed = self.death_signal.map(|_| Armed::new()).transpose().map_err(ForkError::Os)?;
         Ok(Ready { mask, name, keep, null, parent: self.death_signal.map_or(0, |_| sys::getpid()), armed })
     }
@@ -181,7 +183,8 @@ pub(crate) struct Ready {
     pub(crate) mask: Option<sys_signals::SigSet>,
     pub(crate) name: Option<CString>,
     pub(crate) keep: Vec<RawFd>,
-    pub(crate) null: Option<OwnedFd>,
+    /// A care-fd: no other thread's child keeps it.
+    pub(crate) null: Option<CareFd<OwnedFd>>,
     pub(crate) parent: u32,
     pub(crate) armed: Option<Armed>,
 }

@@ -75,7 +75,20 @@ pub(crate) fn tidy() {
         gate().release_role();
     }
     sys_signals::set_mask(&mask);
-    hooks().collect();
+    hooks().collect(free);
+}
+
+/// What a hook's functions own may panic where it is dropped: that is not to end a fork that has made its child.
+fn free(calls: Calls) {
+    let name = calls.name;
+    if let Err(payload) = catch_unwind(AssertUnwindSafe(|| drop(calls))) {
+        if !say_panic(name, b"its own drop", &message(&*payload)) {
+            runtime::count().unreported.fetch_add(1, Ordering::Relaxed);
+        }
+        // Its destructor may panic in turn.
+        #[allow(clippy::mem_forget)]
+        std::mem::forget(payload);
+    }
 }
 
 /// Runs the clean-ups in a noexec child, by falling rank; how many, and how many of them panicked.
@@ -130,7 +143,7 @@ pub(crate) fn list() -> Option<Vec<(&'static str, i32, Durations)>> {
         }
         sys_signals::set_mask(&mask);
         if ours {
-            hooks().collect();
+            hooks().collect(free);
             found.reverse();
             return Some(found);
         }

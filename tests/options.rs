@@ -342,3 +342,31 @@ fn the_death_signal_comes_when_the_parent_is_gone_already() {
         assert_eq!(reap(grandchild, SOON), Verdict::Signaled(libc::SIGUSR1));
     });
 }
+
+/// What `stdio_null` opens for one child is not what others inherit, whose forks come in between.
+#[test]
+fn the_null_device_is_nobody_elses() {
+    isolated("the_null_device_is_nobody_elses", 60, || {
+        let (go, told) = std::sync::mpsc::channel();
+        let before = self_fds();
+        let opened = move || self_fds().as_slice().len() > before.as_slice().len();
+        let other = thread::spawn(move || {
+            told.recv().expect("the hook sends");
+            code(&mut forked(&ForkOptions::new().stdio_null(true), |_| 0))
+        });
+        let first = std::sync::Mutex::new(Some(go));
+        let _hook = carefork::register(Hook::new("slow").prepare(move || {
+            if let Some(go) = first.lock().expect("not poisoned").take() {
+                go.send(()).expect("it waits");
+                while !opened() {
+                    thread::yield_now();
+                }
+            }
+        }));
+        let mut child = forked(&ForkOptions::new(), |token| {
+            drop(token);
+            i32::from(self_fds().as_slice() != [0, 1, 2])
+        });
+        assert_eq!((code(&mut child), other.join().expect("no panic")), (0, 0));
+    });
+}

@@ -2,7 +2,7 @@
 
 use crate::common::{Setup, Verdict, check, fork_many, isolated, isolated_with, reap};
 use crate::drive::{BOTH, Kind, SOON, Stop, a_while, coordinated, freeze, run_slowly, until};
-use crate::{Log, ends_well};
+use crate::{Log, ends_well, stderr_of};
 use carefork::{ForkError, Hook, Registration, register};
 use std::sync::atomic::{AtomicBool, AtomicU32, Ordering::SeqCst};
 use std::sync::{Arc, Mutex, mpsc};
@@ -280,5 +280,26 @@ fn hooks_come_and_go_while_others_fork() {
         });
         assert_eq!(wrong.load(SeqCst), 0, "calls that a hook should not have had");
         assert_eq!(carefork::stats().dirty, 0);
+    });
+}
+
+/// What a hook owns is dropped by the next fork of carefork's: a panic in there is told, and does not lose the child.
+#[test]
+fn what_a_hook_owns_panics_where_it_is_dropped() {
+    struct Bomb;
+    impl Drop for Bomb {
+        fn drop(&mut self) {
+            panic!("on purpose");
+        }
+    }
+    isolated("registering::what_a_hook_owns_panics_where_it_is_dropped", 20, || {
+        std::panic::set_hook(Box::new(|_| ()));
+        let bomb = Bomb;
+        let bomb = register(Hook::new("bomb").parent(move || _ = &bomb));
+        let bomb = std::sync::Mutex::new(Some(bomb));
+        let taker = register(Hook::new("taker").parent(move || drop(bomb.lock().expect("not poisoned").take())));
+        let said = stderr_of(|| (0..2).for_each(|_| ends_well(coordinated(|| 0).expect("a child"))));
+        assert_eq!(said, "carefork: hook bomb panicked in its own drop: on purpose\n");
+        drop(taker);
     });
 }

@@ -44,14 +44,14 @@ impl Listed {
             self.list.settle();
             self.world.gate.drop_role(me);
         }
-        self.list.collect();
+        self.list.collect(drop);
     }
 }
 
 impl Drop for Listed {
     fn drop(&mut self) {
         self.list.settle();
-        self.list.collect();
+        self.list.collect(drop);
     }
 }
 
