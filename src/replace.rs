@@ -4,6 +4,7 @@
 
 use crate::{runtime, sys};
 use std::io;
+use std::panic::catch_unwind;
 use std::sync::atomic::{AtomicPtr, Ordering};
 
 /// What makes children instead of libc's fork; for [`set_fork_replacement`]. The functions answer as fork(2) does: 0 in the child,
@@ -28,7 +29,8 @@ static REPLACEMENT: AtomicPtr<ForkReplacement> = AtomicPtr::new(std::ptr::null_m
 ///
 /// # Safety
 /// The function keeps to its contract: two copies of the calling thread's process, or -1. Between its call and its return no carefork
-/// function is called on this thread. With [`ForkReplacement::Bare`] the child has memory of its own, and does nothing but exit or exec
+/// function is called on this thread. Where it panics the fork fails with ECANCELED, and a child that was made is nobody's, or ends with code
+/// 101 if it was the child that panicked. With [`ForkReplacement::Bare`] the child has memory of its own, and does nothing but exit or exec
 /// if the allocator has no means of its own to survive.
 ///
 /// ```
@@ -64,11 +66,11 @@ pub(crate) unsafe fn fork() -> io::Result<u32> {
         // SAFETY: the caller's promise.
         None => unsafe { sys::fork() },
         // SAFETY: the caller's promise, and that of whoever set it.
-        Some(ForkReplacement::Calls(f)) => answer(unsafe { f() }),
+        Some(ForkReplacement::Calls(f)) => unsafe { call(*f) },
         Some(ForkReplacement::Bare(f)) => {
             runtime::prepare_by_hand();
             // SAFETY: as above.
-            let pid = answer(unsafe { f() });
+            let pid = unsafe { call(*f) };
             match &pid {
                 Ok(0) => runtime::child_by_hand(),
                 // The handlers of a real fork are told by errno whether there is a child; what `f` leaves there says nothing.
@@ -78,6 +80,27 @@ pub(crate) unsafe fn fork() -> io::Result<u32> {
                 }
             }
             pid
+        }
+    }
+}
+
+/// A panic does not go on through a fork that is under way.
+///
+/// # Safety
+/// As for `fork`.
+unsafe fn call(f: unsafe fn() -> i32) -> io::Result<u32> {
+    let process = sys::getpid();
+    // SAFETY: the caller's promise.
+    match catch_unwind(|| unsafe { f() }) {
+        Ok(pid) => answer(pid),
+        Err(payload) => {
+            // Its destructor may panic in turn.
+            #[allow(clippy::mem_forget)]
+            std::mem::forget(payload);
+            if sys::getpid() != process {
+                sys::exit_now(101);
+            }
+            Err(io::Error::from_raw_os_error(libc::ECANCELED))
         }
     }
 }

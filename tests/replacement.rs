@@ -97,6 +97,42 @@ fn refused_and_failed() {
     });
 }
 
+/// The fork fails, the next one does not, and everything is as it was.
+#[test]
+fn one_that_panics() {
+    isolated("one_that_panics", 60, || {
+        unsafe fn before() -> i32 {
+            panic!("on purpose")
+        }
+        unsafe fn in_child() -> i32 {
+            // SAFETY: the caller's promise.
+            let pid = unsafe { libc::fork() };
+            assert_ne!(pid, 0, "on purpose");
+            pid
+        }
+        std::panic::set_hook(Box::new(|_| ()));
+        let calls = Calls::new();
+        let _hook = calls.register("counted");
+        for replacement in [ForkReplacement::Calls(before), ForkReplacement::Bare(before)] {
+            let state = kit::State::now();
+            set(Some(replacement));
+            // SAFETY: there is no child.
+            let failed = unsafe { ForkOptions::new().fork() }.map(|_| ()).expect_err("no child");
+            assert!(matches!(failed, ForkError::Os(e) if e.raw_os_error() == Some(libc::ECANCELED)));
+            assert_eq!(kit::State::now(), state);
+            assert_gate_open();
+            set(None);
+            assert_eq!(code(&mut forked(&ForkOptions::new(), |_| 5)), 5);
+            let pid = kit::foreign(|| i32::from(carefork::lineage().dirty));
+            assert_eq!(common::reap(pid, kit::SOON), common::Verdict::Exited(0));
+        }
+        assert_eq!(calls.ran().undo, 1);
+        set(Some(ForkReplacement::Calls(in_child)));
+        assert_eq!(code(&mut forked(&ForkOptions::new(), |_| 5)), 101);
+        raw::Line::new().text("done").send();
+    });
+}
+
 /// Whether there is a child is what the replacement answers, not what it leaves in errno.
 #[test]
 fn errno_is_the_replacements_own() {
