@@ -66,7 +66,8 @@ impl Env {
             }
             strings.push(&[key.as_bytes(), b"=", value.as_bytes()]);
             if key == "PATH" {
-                path = Some(value);
+                // The first, as getenv has it.
+                path.get_or_insert(value);
             }
         }
         if !listen.is_empty() {

@@ -11,7 +11,7 @@ use std::path::PathBuf;
 
 /// Why there is no program running.
 ///
-/// After each of them there is no child and no descriptor left, and the signal mask is as it was.
+/// After each of them but [`Step::Wait`] there is no child, after all no descriptor left, and the signal mask is as it was.
 #[derive(Debug)]
 #[non_exhaustive]
 pub enum CommandError {

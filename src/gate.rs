@@ -428,9 +428,12 @@ impl<S: Seats> Gate<S> {
     /// what it left undone.
     #[cfg(not(loom))]
     pub(crate) fn finish_for(&self, me: &Slot, shut: u32) {
-        self.reopen(shut);
+        let reopened = self.reopen(shut);
         // Only this thread, and a child that acts for it, put its id there.
         if self.role.load(Acquire) == me.id() {
+            if !reopened {
+                self.was_reopened(shut);
+            }
             self.drop_role(me);
         } else {
             self.next_turn();

@@ -18,7 +18,7 @@ use drive::{
 use std::io::Read;
 use std::os::fd::{AsRawFd, FromRawFd, OwnedFd};
 use std::sync::atomic::{AtomicBool, AtomicI32, AtomicU32, Ordering::SeqCst};
-use std::sync::mpsc;
+use std::sync::{Arc, mpsc};
 use std::thread;
 use std::time::Duration;
 
@@ -331,6 +331,34 @@ fn a_dirty_child_works_on() {
             }
         });
         drop(clock);
+    });
+}
+
+/// In the way for a while, and no more when the time was over.
+#[test]
+fn a_hook_whose_lock_was_had_is_not_to_blame() {
+    isolated("a_hook_whose_lock_was_had_is_not_to_blame", 60, || {
+        let lock = Arc::new(std::sync::Mutex::new(()));
+        let _hook = register(Hook::std_mutex("innocent", Arc::clone(&lock)));
+        freeze();
+        let tid = &AtomicI32::new(0);
+        thread::scope(|s| {
+            let held = lock.lock().expect("not poisoned");
+            let fork = s.spawn(move || {
+                tid.store(gettid(), SeqCst);
+                coordinated(|| 1)
+            });
+            until(|| tid.load(SeqCst) != 0);
+            // It has met the lock, and sleeps between two tries.
+            until_it_looked(tid.load(SeqCst));
+            let one = inside("to-blame");
+            drop(held);
+            let clock = run_clock(20 * MS);
+            let Err(ForkError::Busy { culprits }) = fork.join().expect("no panic") else { panic!("it is in the way") };
+            drop(clock);
+            assert_eq!((culprits.hook, culprits.threads.len()), (None, 1), "{culprits:?}");
+            drop(one);
+        });
     });
 }
 

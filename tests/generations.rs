@@ -5,7 +5,7 @@
 mod common;
 mod kit;
 
-use carefork::{CareFd, Cleanup, Fork, ForkOptions, Mutex, NotAChild, OnFork, Stats};
+use carefork::{CareFd, Cleanup, Fork, ForkError, ForkOptions, Mutex, NotAChild, OnFork, Stats};
 use common::{Verdict, check, isolated, raw, reap, self_fds};
 use kit::{Calls, Ran, SOON, Stop, assert_no_child, code, foreign, forked};
 use std::fs::File;
@@ -263,5 +263,61 @@ fn lineage_and_counters() {
         // What children counted is theirs.
         assert_eq!(carefork::stats().forks, 2);
         assert_eq!(carefork::fork_generation(), 0);
+    });
+}
+
+/// The child's first thread sits in its parent's seat under the number that it has here.
+#[test]
+fn a_childs_first_thread_is_known() {
+    isolated("a_childs_first_thread_is_known", 30, || {
+        let mut child = forked(&ForkOptions::new(), |token| {
+            drop(token);
+            let region = carefork::no_forking();
+            let options = ForkOptions::new().timeout(Duration::ZERO);
+            // SAFETY: there is no child.
+            let fork = move || unsafe { options.fork() }.map(drop).expect_err("the first thread is in a region");
+            let refused = thread::spawn(fork).join().expect("no panic");
+            drop(region);
+            let ForkError::Busy { culprits } = refused else { return 1 };
+            i32::from(culprits.threads.iter().map(|t| t.tid).ne([std::process::id()]))
+        });
+        assert_eq!(code(&mut child), 0);
+    });
+}
+
+/// A hook that is being dropped while the fork has it: nobody waits for that in the child.
+#[test]
+fn who_waits_to_drop_a_hook_is_not_in_the_child() {
+    isolated("who_waits_to_drop_a_hook_is_not_in_the_child", 60, || {
+        let (go, told) = std::sync::mpsc::channel();
+        let leaves = carefork::register(carefork::Hook::new("leaves").rank(1).prepare(|| ()));
+        let dropper = thread::spawn(move || {
+            let tid: libc::pid_t = nix::unistd::gettid().as_raw();
+            told.recv()
+                .map(|tell: std::sync::mpsc::Sender<libc::pid_t>| tell.send(tid))
+                .expect("asked")
+                .expect("heard");
+            drop(leaves);
+        });
+        let first = std::sync::Mutex::new(Some(go));
+        let _second = carefork::register(carefork::Hook::new("second").rank(2).prepare(move || {
+            let Some(go) = first.lock().expect("not poisoned").take() else { return };
+            let (tell, heard) = std::sync::mpsc::channel();
+            go.send(tell).expect("it waits");
+            let tid = heard.recv().expect("told");
+            // Asleep: it waits for this fork.
+            let call = format!("/proc/self/task/{tid}/syscall");
+            while !std::fs::read_to_string(&call).is_ok_and(|c| c.starts_with(&format!("{} ", libc::SYS_futex))) {
+                thread::yield_now();
+            }
+        }));
+        let mut child = forked(&ForkOptions::new(), |token| {
+            drop(token);
+            // SAFETY: that child exits at once.
+            let forked = unsafe { ForkOptions::new().spawn(|| 0) };
+            forked.map_or(1, |mut c| i32::from(!c.wait().is_ok_and(|s| s.success())))
+        });
+        assert_eq!(code(&mut child), 0);
+        dropper.join().expect("no panic");
     });
 }

@@ -98,6 +98,34 @@ fn a_fork_in_progress_is_said() {
     });
 }
 
+/// Where the user took the lock, by whichever of its functions.
+#[cfg(debug_assertions)]
+#[test]
+fn every_way_to_a_lock_names_its_place() {
+    isolated("every_way_to_a_lock_names_its_place", 20, || {
+        static LOCK: Mutex<u8> = Mutex::new(0);
+        static TABLE: carefork::RwLock<u8> = carefork::RwLock::new(0);
+        let (soon, now) = (std::time::Duration::from_secs(9), std::time::Instant::now());
+        fn place<G>(guard: Option<G>) -> &'static str {
+            let found = report();
+            drop(guard.expect("free"));
+            found.regions[0].entered.expect("recorded").file()
+        }
+        for found in [
+            place(Some(LOCK.lock())),
+            place(LOCK.try_lock()),
+            place(LOCK.try_lock_for(soon)),
+            place(LOCK.try_lock_until(now + soon)),
+            place(TABLE.try_read()),
+            place(TABLE.try_write()),
+            place(TABLE.try_write_for(soon)),
+            place(TABLE.try_upgradable_read()),
+        ] {
+            assert_eq!(found, file!());
+        }
+    });
+}
+
 #[test]
 fn regions_name_thread_place_and_depth() {
     isolated("regions_name_thread_place_and_depth", 20, || {

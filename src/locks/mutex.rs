@@ -101,7 +101,8 @@ unsafe impl lock_api::RawMutex for RawMutex {
     #[track_caller]
     fn try_lock(&self) -> Option<Held> {
         let me = me();
-        self.word.try_lock(gate(), me).then(|| held(me))
+        // No closure: it would be the place that is recorded.
+        if self.word.try_lock(gate(), me) { Some(held(me)) } else { None }
     }
 
     #[inline]
@@ -123,12 +124,14 @@ unsafe impl lock_api::RawMutexTimed for RawMutex {
     #[track_caller]
     fn try_lock_for(&self, timeout: Duration) -> Option<Held> {
         let me = me();
-        self.word.lock_until(gate(), me, deadline_after(timeout)).then(|| held(me))
+        // No closure: it would be the place that is recorded.
+        if self.word.lock_until(gate(), me, deadline_after(timeout)) { Some(held(me)) } else { None }
     }
 
     #[track_caller]
     fn try_lock_until(&self, timeout: Instant) -> Option<Held> {
         let me = me();
-        self.word.lock_until(gate(), me, deadline_at(timeout)).then(|| held(me))
+        // No closure: it would be the place that is recorded.
+        if self.word.lock_until(gate(), me, deadline_at(timeout)) { Some(held(me)) } else { None }
     }
 }

@@ -61,13 +61,15 @@ impl RawRwLock {
     #[track_caller]
     fn try_lock(&self, want: Want) -> Option<Held> {
         let me = me();
-        self.word.try_lock(gate(), me, want, generation_here()).then(|| held(me))
+        // No closure: it would be the place that is recorded.
+        if self.word.try_lock(gate(), me, want, generation_here()) { Some(held(me)) } else { None }
     }
 
     #[track_caller]
     fn lock_until(&self, want: Want, deadline: u64) -> Option<Held> {
         let me = me();
-        self.word.lock_until(gate(), me, want, generation_here(), deadline).then(|| held(me))
+        // No closure: it would be the place that is recorded.
+        if self.word.lock_until(gate(), me, want, generation_here(), deadline) { Some(held(me)) } else { None }
     }
 }
 

@@ -92,6 +92,10 @@ impl Steps for Handlers<'_> {
 
     fn hooks(&mut self, how: How) -> Hooks {
         self.vetoed = false;
+        // What was in the way of an earlier walk may be so no more.
+        if self.report.hook.is_some() {
+            self.report.hook = None;
+        }
         let mut end = Hooks::Ready;
         let timed = STATE.hooks.len() <= hook::TIMED;
         let mut now = clock::now();

@@ -21,6 +21,10 @@ impl Start {
         if is_off() {
             return Ok(Start { shut: None, mask: sys_signals::block_everything() });
         }
+        Self::shut(deadline).inspect_err(|_| _ = STATE.count.refused.fetch_add(1, Relaxed))
+    }
+
+    fn shut(deadline: Option<u64>) -> Result<Start, ForkError> {
         let me = me();
         if in_fork() || !me.request.load(Relaxed).is_null() {
             return Err(ForkError::InFork);
@@ -41,7 +45,6 @@ impl Start {
         }
         steps.restore_signals();
         me.passage.stage.set(Stage::None);
-        STATE.count.refused.fetch_add(1, Relaxed);
         Err(report.into_error(outcome))
     }
 

@@ -196,3 +196,20 @@ fn programs_in_a_row() {
         assert!(first.wait().expect("a status").success());
     });
 }
+
+/// PATH twice: the first counts, as for getenv, std and execvp.
+#[test]
+fn the_first_path_is_searched() {
+    isolated("found::the_first_path_is_searched", 30, || {
+        unsafe extern "C" {
+            static mut environ: *const *const libc::c_char;
+        }
+        let new = [c"PATH=/bin:/usr/bin".as_ptr(), c"PATH=/nonexistent".as_ptr(), std::ptr::null()];
+        // SAFETY: an isolated test has one thread that looks at the environment, and it is put back.
+        let old = unsafe { std::mem::replace(&mut *(&raw mut environ), new.as_ptr()) };
+        let found = Command::new("true").status();
+        // SAFETY: as above.
+        unsafe { environ = old };
+        assert!(found.expect("found").success());
+    });
+}
