@@ -199,7 +199,8 @@ impl<S: Seats> Gate<S> {
                 break true;
             }
         };
-        let last = self.waiters.fetch_sub(1, AcqRel) == 1;
+        // 0 in the child of a fork that a signal handler has made here: nobody counts it any more.
+        let last = self.waiters.fetch_update(AcqRel, Relaxed, |n| n.checked_sub(1)) == Ok(1);
         // Pairs with the kernel's own between `courtesy` calling it and its look at the count.
         fence(SeqCst);
         if last && self.courteous.load(Relaxed) != 0 && !fault("courteous_no_wake") {

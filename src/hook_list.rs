@@ -159,7 +159,8 @@ impl<T> HookList<T> {
             }
             sync::futex_wait(&self.event, event, ANY, None);
         }
-        if self.leaving.fetch_sub(1, SeqCst) == 1 && !fault("left_no_wake") {
+        // 0 in the child of a fork that a signal handler has made here.
+        if self.leaving.fetch_update(SeqCst, SeqCst, |n| n.checked_sub(1)) == Ok(1) && !fault("left_no_wake") {
             sync::futex_wake(&self.leaving, u32::MAX, ANY);
         }
     }
@@ -367,6 +368,8 @@ impl<T> HookList<T> {
     pub(crate) fn reset(&self) {
         self.progress.store(0, Relaxed);
         self.leaving.store(0, Relaxed);
+        // A signal handler that forked in the middle of `leave`'s sleep goes back to it, and the kernel compares this again.
+        self.event.fetch_add(1, Relaxed);
         let (mut last, mut linked) = (null_mut(), 0);
         self.each(|n| {
             n.prev.store(last, Relaxed);
