@@ -13,8 +13,8 @@ use carefork::{OnChild, Reply, Service, ServiceError};
 use common::{Verdict, check, isolated, raw, reap, seccomp_refuse, thread_count};
 use drive::{BOTH, Kind, SOON, freeze, until, until_shut};
 use kit::{captured, shared};
-use std::sync::atomic::Ordering::SeqCst;
-use std::sync::mpsc;
+use std::sync::atomic::{AtomicBool, Ordering::SeqCst};
+use std::sync::{Arc, mpsc};
 use std::thread;
 use std::time::Duration;
 
@@ -254,14 +254,9 @@ fn a_child_of_the_handler() {
                 // One that returns would handle the parent's messages.
                 let said = captured(2, || {
                     let (tell, told) = mpsc::channel();
-                    let f = move |_: &mut u64| match kind {
-                        // SAFETY: the child only returns.
-                        Kind::Foreign => tell.send(unsafe { libc::fork() }).expect("a channel"),
-                        // SAFETY: as above.
-                        Kind::Coordinated => match unsafe { carefork::fork() }.expect("a child") {
-                            carefork::Fork::Parent(child) => tell.send(child.into_id() as i32).expect("the test waits"),
-                            carefork::Fork::Child(_token) => {}
-                        },
+                    let f = move |_: &mut u64| match split(kind) {
+                        0 => {}
+                        pid => tell.send(pid).expect("the test waits"),
                     };
                     service.send(Message::Do(Box::new(f))).expect("sent");
                     assert_eq!(reap(told.recv().expect("forked"), SOON), Verdict::Exited(101));
@@ -269,6 +264,61 @@ fn a_child_of_the_handler() {
                 assert!(said.contains("service adder: the handler forked"), "{said:?}");
             }
             assert_eq!(service.call(Message::Sum).expect("an answer"), 0);
+        }
+    });
+}
+
+/// Forks and goes on in both; 0 in the child.
+fn split(kind: Kind) -> i32 {
+    match kind {
+        // SAFETY: the child only returns or panics.
+        Kind::Foreign => unsafe { libc::fork() },
+        // SAFETY: as above.
+        Kind::Coordinated => match unsafe { carefork::fork() }.expect("a child") {
+            carefork::Fork::Parent(child) => child.into_id() as i32,
+            carefork::Fork::Child(_token) => 0,
+        },
+    }
+}
+
+/// It is no better than one that returns: the state is not dropped there as if the parent's work were done.
+#[test]
+fn a_child_of_the_handler_that_panics() {
+    isolated("a_child_of_the_handler_that_panics", 60, || {
+        let [dropped, ..] = shared();
+        for (kind, in_every) in BOTH.into_iter().flat_map(|kind| [(kind, false), (kind, true)]) {
+            let (tell, told) = mpsc::channel();
+            let (tell, forked) = (std::sync::Mutex::new(tell), AtomicBool::new(false));
+            let fork_once = Arc::new(move || {
+                if !forked.swap(true, SeqCst) {
+                    match split(kind) {
+                        0 => std::panic::resume_unwind(Box::new(())),
+                        pid => tell.lock().expect("not poisoned").send(pid).expect("the test waits"),
+                    }
+                }
+            });
+            let also = Arc::clone(&fork_once);
+            dropped.store(0, SeqCst);
+            let said = captured(2, || {
+                let builder = Service::builder("panics", || Counted(dropped));
+                let builder = builder.every(Duration::from_secs(3600), move |_| {
+                    if in_every {
+                        also();
+                    }
+                });
+                let service = builder.start(move |_, ()| {
+                    if !in_every {
+                        fork_once();
+                    }
+                });
+                let service = service.expect("a thread");
+                service.send(()).expect("sent");
+                service.flush().expect("the parent's goes on");
+                assert_eq!(reap(told.recv().expect("forked"), SOON), Verdict::Exited(101), "{kind:?} {in_every}");
+                assert_eq!(dropped.load(SeqCst), 0, "{kind:?} {in_every}");
+            });
+            assert!(said.contains("service panics: the handler forked and returned or panicked"), "{said:?}");
+            assert_eq!(dropped.load(SeqCst), 1);
         }
     });
 }

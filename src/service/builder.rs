@@ -126,8 +126,9 @@ impl<S: Send + 'static> ServiceBuilder<S> {
 
     /// Starts the thread, which calls `handler` with each message.
     ///
-    /// A handler that panics ends the service ([`ServiceError::Panicked`]). One that forks must not return in the child, which
-    /// would go on handling the parent's messages: it is ended with a message on fd 2 and exit code 101.
+    /// A handler that panics ends the service ([`ServiceError::Panicked`]). One that forks must neither return nor
+    /// panic in the child, which would go on handling the parent's messages, or end with the parent's state: it is ended with a message
+    /// on fd 2 and exit code 101.
     ///
     /// # Errors
     /// Those of starting a thread: EAGAIN.

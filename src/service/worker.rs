@@ -57,6 +57,8 @@ impl<S, M> Worker<S, M> {
     /// Handles messages until the service ends; drops everything. Does not unwind.
     pub(super) fn run_to_end(mut self) {
         let ran = catch_unwind(AssertUnwindSafe(|| self.run()));
+        // A panic came past the look after the handler.
+        self.check_process();
         let Worker { received, state, control, .. } = self;
         let dropped = catch_unwind(AssertUnwindSafe(|| {
             let _note = NotePanic(&control);
@@ -152,7 +154,7 @@ impl<S, M> Worker<S, M> {
         let mut line = Text::new();
         line.push(b"carefork: service ");
         line.push(self.control.name.as_bytes());
-        line.push(b": the handler forked and returned in the child, which ends here\n");
+        line.push(b": the handler forked and returned or panicked in the child, which ends here\n");
         sys::say(line.as_bytes());
         sys::exit_now(101)
     }
