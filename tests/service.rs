@@ -271,7 +271,7 @@ fn a_child_of_the_handler() {
 /// Forks and goes on in both; 0 in the child.
 fn split(kind: Kind) -> i32 {
     match kind {
-        // SAFETY: the child only returns or panics.
+        // SAFETY: the child does little more than end.
         Kind::Foreign => unsafe { libc::fork() },
         // SAFETY: as above.
         Kind::Coordinated => match unsafe { carefork::fork() }.expect("a child") {
@@ -349,6 +349,33 @@ fn a_reply_in_a_child_answers_nobody() {
                 drop(service.call(|reply| (kind, reply)).expect("an answer"));
                 assert_eq!(dropped.load(SeqCst), 2);
             }
+        }
+    });
+}
+
+/// Who makes the message may fork: the child sends nothing to its parent's thread, and waits for no answer to it.
+#[test]
+fn a_call_whose_message_forks_ends_in_the_child() {
+    isolated("a_call_whose_message_forks_ends_in_the_child", 60, || {
+        let service = adder(OnChild::Restart);
+        for kind in BOTH {
+            let (mut pid, before) = (0, carefork::fork_generation());
+            let answer = service.call(|reply| {
+                pid = split(kind);
+                // The other kind's token has done it.
+                if pid == 0 && kind == Kind::Foreign {
+                    // SAFETY: no descriptor of a care-fd is used in the child.
+                    check(1, unsafe { carefork::postfork_child_noexec() }.is_ok());
+                }
+                Message::Sum(reply)
+            });
+            if carefork::fork_generation() != before {
+                check(2, matches!(answer, Err(ServiceError::NoReply { .. })));
+                check(3, service.call(Message::Sum).is_ok());
+                raw::exit_now(0);
+            }
+            assert_eq!(answer.expect("an answer"), 0);
+            passed(pid);
         }
     });
 }

@@ -222,16 +222,24 @@ impl<M: Send + 'static> Service<M> {
     /// ```
     ///
     /// # Errors
-    /// As for [`Service::send`]; [`ServiceError::NoReply`] if the handler drops the [`Reply`], or the service ends before;
-    /// [`ServiceError::OwnThread`] inside the handler, which would wait for itself.
+    /// As for [`Service::send`], `Stopped` also if the service ends before it answers; [`ServiceError::NoReply`] if the handler drops the
+    /// [`Reply`], and in a child that making the message has forked; [`ServiceError::OwnThread`] inside the handler, which would wait
+    /// for itself.
     ///
     /// # Panics
     /// As for [`Service::send`].
     pub fn call<R>(&self, message: impl FnOnce(Reply<R>) -> M) -> Result<R, ServiceError> {
         let line = self.inner.line()?;
         self.check_other_thread(line)?;
-        let (reply, answer) = Reply::new();
-        self.put(line, Item::Message(message(reply)), true).map_err(|(_, error)| error)?;
+        let (generation, (reply, answer)) = (runtime::generation(), Reply::new());
+        let message = message(reply);
+        if runtime::generation() != generation {
+            // It forked: line and answer are the parent's.
+            #[allow(clippy::mem_forget)]
+            std::mem::forget(answer);
+            return Err(ServiceError::NoReply { service: self.name() });
+        }
+        self.put(line, Item::Message(message), true).map_err(|(_, error)| error)?;
         self.wait(line, &answer)
             .ok_or_else(|| self.inner.control.ended().unwrap_or(ServiceError::NoReply { service: self.name() }))
     }
