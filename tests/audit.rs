@@ -434,6 +434,43 @@ fn a_zombie_is_no_process_any_more() {
     });
 }
 
+/// Its other threads go on, with its descriptors.
+#[test]
+fn a_process_whose_first_thread_has_ended_is_one_still() {
+    isolated("a_process_whose_first_thread_has_ended_is_one_still", 60, || {
+        let (_end, to) = io::pipe().expect("a pipe");
+        fs::write("/proc/thread-self/comm", "the process").expect("a name");
+        let pid = kit::foreign(|| {
+            let lives = thread::Builder::new().name("the thread".to_owned()).spawn(|| {
+                block(&[libc::SIGUSR1]);
+                loop {
+                    thread::park();
+                }
+            });
+            lives.expect("a thread");
+            // SAFETY: ends this thread alone.
+            unsafe { libc::syscall(libc::SYS_exit, 0) };
+            1
+        });
+        let blocks = || {
+            let mut tasks = fs::read_dir(format!("/proc/{pid}/task")).expect("our child").flatten();
+            tasks.any(|t| {
+                fs::read_to_string(t.path().join("status")).is_ok_and(|s| s.contains("SigBlk:\t0000000000000200"))
+            })
+        };
+        while !fs::read_to_string(format!("/proc/{pid}/stat")).expect("our child").contains(") Z") || !blocks() {
+            thread::yield_now();
+        }
+        let found = audit_of(pid.cast_unsigned());
+        // SAFETY: our own child.
+        unsafe { libc::kill(pid, libc::SIGKILL) };
+        assert_eq!(common::reap(pid, kit::SOON), common::Verdict::Signaled(libc::SIGKILL));
+        let found = found.expect("it runs");
+        assert_eq!((found.pid, found.name.as_str(), found.threads), (pid.cast_unsigned(), "the process", 2));
+        assert_eq!((find(&found, &to).kind, found.blocked), (Kind::Pipe, vec![libc::SIGUSR1]));
+    });
+}
+
 #[test]
 fn another_users_process_is_refused() {
     let user = common::can_change_user().then_some(4242);

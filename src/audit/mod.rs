@@ -76,7 +76,7 @@ pub fn audit() -> io::Result<Audit> {
 }
 
 /// As [`audit`], for another process: by its `/proc/PID`. What is a care-fd there is unknown, and so is what a noexec child of it
-/// would keep. Blocked signals are those of its main thread.
+/// would keep. Blocked signals are those of its first thread, or of another where that has ended.
 ///
 /// # Errors
 /// [`NotFound`](io::ErrorKind::NotFound) if there is no such process or it ends meanwhile;

@@ -23,10 +23,10 @@ const OWN: &str = "/proc/thread-self";
 struct Process {
     /// `None`: this one.
     pid: Option<u32>,
-    /// Its directory.
+    /// Its directory, or that of one of its threads.
     dir: String,
     /// Keeps `dir` this process's: the number of one that ends may be another's at once, what is open is not.
-    _held: Option<CareFd<File>>,
+    held: Option<CareFd<File>>,
 }
 
 /// What a number referred to at one instant.
@@ -45,13 +45,20 @@ impl Object {
 }
 
 pub(super) fn read(pid: Option<u32>) -> io::Result<Audit> {
-    let process = Process::open(pid)?;
-    process.audit().map_err(|e| process.explain(e))
+    let mut process = Process::open(pid)?;
+    let mut found = process.audit();
+    for _ in 0..LOOKS {
+        match &found {
+            Err(e) if is_gone(e) && process.turn_to_a_living_thread() => found = process.audit(),
+            _ => break,
+        }
+    }
+    found.map_err(|e| process.explain(e))
 }
 
 /// This process's care-fds.
 pub(super) fn care_fds() -> Vec<(RawFd, OnFork, Option<Descriptor>)> {
-    let this = Process { pid: None, dir: OWN.to_owned(), _held: None };
+    let this = Process { pid: None, dir: OWN.to_owned(), held: None };
     let mut registered = Vec::new();
     TABLE.each(&[care_table::Kind::Cleanup, care_table::Kind::Close], |number, kind| {
         // Before anything is opened here, which would take the number of one that was closed behind carefork's back.
@@ -83,15 +90,26 @@ fn on_fork(kind: care_table::Kind) -> OnFork {
 impl Process {
     fn open(pid: Option<u32>) -> io::Result<Process> {
         let Some(number) = pid else {
-            return Ok(Process { pid, dir: OWN.to_owned(), _held: None });
+            return Ok(Process { pid, dir: OWN.to_owned(), held: None });
         };
         let held = CareFd::open(|| File::open(format!("/proc/{number}"))).map_err(|e| explain(pid, e))?;
         let dir = format!("{OWN}/fd/{}", held.as_raw_fd());
-        Ok(Process { pid, dir, _held: Some(held) })
+        Ok(Process { pid, dir, held: Some(held) })
+    }
+
+    /// The process's own directory is its first thread's, which has nothing open once it has ended; others may go on. False if none
+    /// does.
+    fn turn_to_a_living_thread(&mut self) -> bool {
+        let Some(held) = &self.held else { return false };
+        let tasks = format!("{OWN}/fd/{}/task", held.as_raw_fd());
+        let lives = |task: &RawFd| slurp(&format!("{tasks}/{task}/status")).is_ok_and(|status| !has_ended(&status));
+        let Some(task) = numbers(&tasks).unwrap_or_default().into_iter().find(lives) else { return false };
+        self.dir = format!("{tasks}/{task}");
+        true
     }
 
     fn audit(&self) -> io::Result<Audit> {
-        let numbers = self.numbers()?;
+        let numbers = numbers(&self.path("fd"))?;
         let mut descriptors = Vec::with_capacity(numbers.len());
         // Later than the list: what is in it is older than the tables.
         let mut sockets = Sockets::new();
@@ -99,13 +117,13 @@ impl Process {
             descriptors.extend(self.look(number, &mut sockets)?);
         }
         let status = self.read("status")?;
-        if self.pid.is_some() && (field(&status, "State:").starts_with(['Z', 'X'])) {
+        if self.pid.is_some() && has_ended(&status) {
             return Err(io::Error::from_raw_os_error(libc::ESRCH));
         }
-        let name = match self.pid {
-            // The process's; the directory is the thread's.
+        // The process's; the directory may be the thread's.
+        let name = match &self.held {
             None => slurp("/proc/self/comm").unwrap_or_else(|_| field(&status, "Name:").to_owned()),
-            Some(_) => self.read("comm")?,
+            Some(held) => slurp(&format!("{OWN}/fd/{}/comm", held.as_raw_fd()))?,
         };
         let set = |name| signals(u64::from_str_radix(field(&status, name), 16).unwrap_or(0));
         Ok(Audit {
@@ -117,21 +135,6 @@ impl Process {
             ignored: set("SigIgn:"),
             blocked: set("SigBlk:"),
         })
-    }
-
-    /// The numbers open now, rising.
-    fn numbers(&self) -> io::Result<Vec<RawFd>> {
-        let mut numbers = Vec::new();
-        {
-            // The list's own descriptor cannot be a care-fd: instead no child gets it. Once it is closed, it is passed over
-            // with all that was closed since.
-            let _region = no_forking();
-            for entry in fs::read_dir(self.path("fd"))? {
-                numbers.extend(entry?.file_name().to_str().and_then(|n| n.parse::<RawFd>().ok()));
-            }
-        }
-        numbers.sort_unstable();
-        Ok(numbers)
     }
 
     /// One descriptor; `None` if it is not open any more, or never was for long enough to be looked at.
@@ -230,6 +233,25 @@ impl Process {
     fn explain(&self, e: io::Error) -> io::Error {
         explain(self.pid, e)
     }
+}
+
+/// The numbers that a directory of /proc lists, of descriptors or threads, rising.
+fn numbers(dir: &str) -> io::Result<Vec<RawFd>> {
+    let mut numbers = Vec::new();
+    {
+        // The list's own descriptor cannot be a care-fd: instead no child gets it. Once it is closed, it is passed over
+        // with all that was closed since.
+        let _region = no_forking();
+        for entry in fs::read_dir(dir)? {
+            numbers.extend(entry?.file_name().to_str().and_then(|n| n.parse::<RawFd>().ok()));
+        }
+    }
+    numbers.sort_unstable();
+    Ok(numbers)
+}
+
+fn has_ended(status: &str) -> bool {
+    field(status, "State:").starts_with(['Z', 'X'])
 }
 
 /// An error that says whose descriptors could not be read, and why.
