@@ -5,7 +5,8 @@ use super::{Audit, Care, Descriptor, Kind, exec_fate, noexec_fate};
 use crate::care_table::{self, TABLE};
 use crate::carefd::{CareFd, OnFork};
 use crate::region::no_forking;
-use crate::{sys, sys_socket};
+use crate::sys;
+use crate::sys_socket::{self, Said};
 use std::ffi::CString;
 use std::fs::{self, File, Metadata, OpenOptions};
 use std::io::{self, ErrorKind, Read as _};
@@ -34,6 +35,10 @@ struct Object {
     link: String,
     kind: Kind,
     info: String,
+    /// Of a socket, the kernel's name for what it speaks.
+    protocol: Option<String>,
+    /// Of this process's sockets.
+    said: Option<Said>,
 }
 
 impl Object {
@@ -170,13 +175,18 @@ impl Process {
         let link = fs::read_link(format!("{OWN}/fd/{own}"))?.to_string_lossy().into_owned();
         // A filesystem that is gone does not keep the others from being shown.
         let kind = kind_of(&link, held.metadata().ok().as_ref());
-        Ok(Some(Object { link, kind, info: slurp(&format!("{OWN}/fdinfo/{own}"))? }))
+        let is_socket = kind == Kind::Socket;
+        let path = CString::new(format!("{OWN}/fd/{own}")).ok().filter(|_| is_socket);
+        let protocol = path.and_then(|path| sys_socket::protocol(&path));
+        // What has the number now is what was opened, or else that is found out later.
+        let said = if is_socket && self.pid.is_none() { sys_socket::said(number) } else { None };
+        Ok(Some(Object { link, kind, info: slurp(&format!("{OWN}/fdinfo/{own}"))?, protocol, said }))
     }
 
     fn describe(&self, number: RawFd, care: Care, object: Object, info: &str, sockets: &mut Sockets) -> Descriptor {
-        let Object { link, kind, .. } = object;
+        let Object { link, kind, protocol, said, .. } = object;
         let (kind, target) = match kind {
-            Kind::Socket => self.socket(number, link, sockets),
+            Kind::Socket => self.socket(link, protocol, said, sockets),
             Kind::Pidfd => match field(info, "Pid:") {
                 "" => (kind, link),
                 "-1" => (kind, "of a process that was reaped".to_owned()),
@@ -205,16 +215,35 @@ impl Process {
         }
     }
 
-    fn socket(&self, number: RawFd, link: String, sockets: &mut Sockets) -> (Kind, String) {
+    fn socket(
+        &self,
+        link: String,
+        protocol: Option<String>,
+        said: Option<Said>,
+        sockets: &mut Sockets,
+    ) -> (Kind, String) {
+        let is_unix = match (&said, &protocol) {
+            (Some(said), _) => Some(said.family == libc::AF_UNIX),
+            (None, Some(protocol)) => Some(protocol.starts_with("UNIX")),
+            (None, None) => None,
+        };
+        if let Some(Said { family: libc::AF_UNIX, kind, listens, name }) = said {
+            let name = name.map(|name| String::from_utf8_lossy(&name).into_owned());
+            return (sockets::unix_kind(kind, listens), name.unwrap_or(link));
+        }
         let inode = link.strip_prefix("socket:[").and_then(|l| l.strip_suffix(']')).and_then(|i| i.parse().ok());
-        let listed =
-            inode.and_then(|i| sockets.find(i, |table| self.read(&format!("net/{table}")).unwrap_or_default()));
+        let mut listed_as =
+            |is_unix| sockets.find(inode?, is_unix, |table| self.read(&format!("net/{table}")).unwrap_or_default());
+        let listed = match is_unix {
+            Some(is_unix) => listed_as(is_unix),
+            None => listed_as(false).or_else(|| listed_as(true)),
+        };
         if let Some((kind, address)) = listed {
             return (kind, address.unwrap_or(link));
         }
         // Not bound yet, of a family without a table, or of another network namespace.
-        let protocol = CString::new(self.path(&format!("fd/{number}"))).ok().and_then(|p| sys_socket::protocol(&p));
-        let kind = protocol.as_deref().map_or(Kind::Socket, sockets::kind_of_protocol);
+        let listens = said.map(|said| said.listens);
+        let kind = protocol.as_deref().map_or(Kind::Socket, |name| sockets::kind_of_protocol(name, listens));
         let target = match protocol {
             Some(p) if kind == Kind::Socket => format!("{p} {link}"),
             _ => link,

@@ -4,9 +4,13 @@ use super::Kind;
 use std::collections::HashMap;
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr};
 
-/// By inode: what it is, and its addresses, if it has any.
+/// What a socket is, and its addresses, if it has any.
+type Listed = (Kind, Option<String>);
+
+/// By inode, Unix sockets apart: the kernel writes their paths as they are, so one with a newline in it makes a line of its own.
 pub(super) struct Sockets {
-    found: Option<HashMap<u64, (Kind, Option<String>)>>,
+    /// `None` within: several lines say different things, one of which may be a path.
+    found: Option<HashMap<(u64, bool), Option<Listed>>>,
 }
 
 const TABLES: [&str; 8] = ["tcp", "tcp6", "udp", "udp6", "udplite", "udplite6", "unix", "netlink"];
@@ -17,9 +21,9 @@ impl Sockets {
     }
 
     /// `read` gives the text of a table, empty if there is none.
-    pub(super) fn find(&mut self, inode: u64, read: impl Fn(&str) -> String) -> Option<(Kind, Option<String>)> {
+    pub(super) fn find(&mut self, inode: u64, is_unix: bool, read: impl Fn(&str) -> String) -> Option<Listed> {
         let found = self.found.get_or_insert_with(|| {
-            let mut found = HashMap::new();
+            let mut found: HashMap<_, Option<Listed>> = HashMap::new();
             for table in TABLES {
                 let text = read(table);
                 // The first line is the heading.
@@ -29,16 +33,20 @@ impl Sockets {
                         "netlink" => netlink(line),
                         _ => internet(line, table.starts_with("tcp")),
                     };
-                    found.extend(entry);
+                    let Some((inode, listed)) = entry else { continue };
+                    found
+                        .entry((inode, table == "unix"))
+                        .and_modify(|known| *known = known.take().filter(|known| *known == listed))
+                        .or_insert(Some(listed));
                 }
             }
             found
         });
-        found.get(&inode).cloned()
+        found.get(&(inode, is_unix)).cloned().flatten()
     }
 }
 
-type Entry = (u64, (Kind, Option<String>));
+type Entry = (u64, Listed);
 
 /// `sl local_address rem_address st tx:rx tr:when retrnsmt uid timeout inode ...`
 fn internet(line: &str, tcp: bool) -> Option<Entry> {
@@ -104,14 +112,18 @@ fn unix(line: &str) -> Option<Entry> {
     };
     let [_, _, _, flags, kind, _, inode] = std::array::from_fn(|_| column());
     let listens = u32::from_str_radix(flags, 16).ok()? & LISTENS != 0;
-    let kind = match kind {
-        _ if listens => Kind::UnixListener,
-        "0001" => Kind::UnixStream,
-        "0002" => Kind::UnixDatagram,
-        "0005" => Kind::UnixSeqpacket,
-        _ => Kind::Socket,
-    };
+    let kind = unix_kind(i32::from_str_radix(kind, 16).ok()?, listens);
     Some((inode.parse().ok()?, (kind, (!rest.is_empty()).then(|| rest.to_owned()))))
+}
+
+pub(super) fn unix_kind(kind: i32, listens: bool) -> Kind {
+    match kind {
+        _ if listens => Kind::UnixListener,
+        libc::SOCK_STREAM => Kind::UnixStream,
+        libc::SOCK_DGRAM => Kind::UnixDatagram,
+        libc::SOCK_SEQPACKET => Kind::UnixSeqpacket,
+        _ => Kind::Socket,
+    }
 }
 
 /// `sk Eth Pid Groups Rmem Wmem Dump Locks Drops Inode`
@@ -121,13 +133,13 @@ fn netlink(line: &str) -> Option<Entry> {
     Some((inode.parse().ok()?, (Kind::Netlink, Some(format!("protocol {protocol} port {port}")))))
 }
 
-/// For a socket that no table has.
-pub(super) fn kind_of_protocol(name: &str) -> Kind {
-    match name {
-        "TCP" | "TCPv6" => Kind::Tcp,
-        "UDP" | "UDPv6" | "UDP-Lite" | "UDPLITEv6" => Kind::Udp,
-        "UNIX-STREAM" => Kind::UnixStream,
-        "NETLINK" => Kind::Netlink,
+/// For a socket that no table has. Where it is not known whether it listens, it may, in another network namespace.
+pub(super) fn kind_of_protocol(name: &str, listens: Option<bool>) -> Kind {
+    match (name, listens) {
+        ("TCP" | "TCPv6", Some(true)) => Kind::TcpListener,
+        ("TCP" | "TCPv6", Some(false)) => Kind::Tcp,
+        ("UDP" | "UDPv6" | "UDP-Lite" | "UDPLITEv6", _) => Kind::Udp,
+        ("NETLINK", _) => Kind::Netlink,
         _ => Kind::Socket,
     }
 }
