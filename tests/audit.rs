@@ -284,6 +284,32 @@ fn a_listener_of_another_namespace_is_no_connection() {
     });
 }
 
+/// Serial lines and consoles of virtual machines are terminals.
+#[test]
+fn terminals_of_all_drivers() {
+    isolated("terminals_of_all_drivers", 20, || {
+        let dir = Scratch::new("terminals");
+        for (name, major, kind) in [
+            ("ttyS", 4, Kind::Terminal),
+            ("ttyACM", 166, Kind::Terminal),
+            ("ttyUSB", 188, Kind::Terminal),
+            ("ttyAMA", 204, Kind::Terminal),
+            ("hvc", 229, Kind::Terminal),
+            ("null", 1, Kind::Device),
+        ] {
+            let (path, mode) = (dir.path(name), nix::sys::stat::Mode::S_IRUSR);
+            let device = nix::sys::stat::makedev(major, 3);
+            // Containers may refuse.
+            if nix::sys::stat::mknod(path.as_str(), nix::sys::stat::SFlag::S_IFCHR, mode, device).is_err() {
+                return;
+            }
+            // No driver needs to be there.
+            let file = fs::OpenOptions::new().read(true).custom_flags(libc::O_PATH).open(&path).expect("open");
+            assert_eq!(find(&audit().expect("an audit"), &file).kind, kind, "{name}");
+        }
+    });
+}
+
 /// Runs `f` in a child that has cleaned up; a panic there is one here.
 #[track_caller]
 fn in_child(f: impl FnOnce()) {

@@ -382,11 +382,16 @@ fn kind_of(link: &str, metadata: Option<&Metadata>) -> Kind {
         () if kind.is_file() => Kind::File,
         () if kind.is_dir() => Kind::Directory,
         () if kind.is_fifo() => Kind::Fifo,
-        // Consoles and serial lines, /dev/tty and /dev/ptmx, /dev/pts.
-        () if kind.is_char_device() && matches!(libc::major(m.rdev()), 4 | 5 | 136..=143) => Kind::Terminal,
+        () if kind.is_char_device() && is_terminal(libc::major(m.rdev())) => Kind::Terminal,
         () if kind.is_char_device() || kind.is_block_device() => Kind::Device,
         () => Kind::Other,
     }
+}
+
+/// By the numbers that Linux gives out for ever: consoles and serial lines, /dev/tty and /dev/ptmx, /dev/pts; ttyACM, ttyUSB, ttyAMA
+/// and the like of it, consoles of virtual machines (hvc).
+fn is_terminal(major: u32) -> bool {
+    matches!(major, 4 | 5 | 136..=143 | 166 | 188 | 204 | 229)
 }
 
 #[cfg(test)]
