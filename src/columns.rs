@@ -5,11 +5,13 @@ use std::time::Duration;
 /// No line of a table is longer.
 pub(crate) const COLUMNS: usize = 100;
 
-/// Without what would move a terminal's cursor, or worse.
+/// Without what would move a terminal's cursor, turn its line round, or not be seen.
 pub(crate) fn printable(text: &str) -> String {
     let mut out = String::with_capacity(text.len());
     for c in text.chars() {
-        if c.is_control() || ('\u{200b}'..='\u{200f}').contains(&c) || ('\u{2028}'..='\u{202e}').contains(&c) {
+        let steers =
+            matches!(c, '\u{61c}' | '\u{200b}'..='\u{200f}' | '\u{2028}'..='\u{202e}' | '\u{2060}'..='\u{206f}');
+        if c.is_control() || steers {
             out.extend(c.escape_default());
         } else {
             out.push(c);
@@ -82,6 +84,13 @@ mod tests {
         // What may be wide counts twice.
         assert_eq!(shorten("日本語日本語", 12), "日本語日本語");
         assert_eq!(shorten("日本語日本語", 11), "日本...本語");
+    }
+
+    #[test]
+    fn nothing_moves_the_cursor_or_turns_the_line() {
         assert_eq!(printable("a\x1b[2J\u{202e}é"), "a\\u{1b}[2J\\u{202e}é");
+        for c in "\u{61c}\u{200e}\u{2028}\u{2066}\u{2067}\u{2068}\u{2069}".chars() {
+            assert_eq!(printable(&c.to_string()), format!("\\u{{{:x}}}", u32::from(c)));
+        }
     }
 }

@@ -218,9 +218,26 @@ impl Report {
             let [median, p99, longest, total] = [d.median, d.p99, d.longest, d.total].map(span);
             writeln!(f, "{what:<16} {:>9} {median:>8} {p99:>8} {longest:>8} {total:>8}", d.count)?;
         }
-        match &self.waiting {
-            Some(waiting) => writeln!(f, "now: {waiting}"),
-            None => self.preparing.iter().try_for_each(|preparing| writeln!(f, "now: {preparing}")),
+        self.show_now(f)
+    }
+
+    /// What the two say of themselves, in so many columns.
+    fn show_now(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match (self.waiting, self.preparing) {
+            (Some(Waiting { tid, stream, waited }), _) => {
+                let waited = span(waited);
+                writeln!(
+                    f,
+                    "now: the fork of thread {tid} has waited {waited} for {stream}: a thread is stuck printing"
+                )
+            }
+            (None, Some(Preparing { tid, hook, taken })) => {
+                let head = format!("now: the fork of thread {tid} has been preparing hook \"");
+                let tail = format!("\" for {}", span(taken));
+                let room = COLUMNS.saturating_sub(head.len() + tail.len());
+                writeln!(f, "{head}{}{tail}", shorten(&printable(hook), room))
+            }
+            (None, None) => Ok(()),
         }
     }
 
@@ -303,6 +320,54 @@ mod tests {
         Durations { count: n * 10, median: us(1), p99: us(2), longest: us(3), total: us(4) }
     }
 
+    fn empty(stats: Stats) -> Report {
+        Report {
+            pid: 42,
+            lineage: Lineage { generation: 11, dirty: false, bypass: true },
+            off: true,
+            hooks: None,
+            waiting: None,
+            preparing: None,
+            regions: Vec::new(),
+            care_fds: Vec::new(),
+            children: None,
+            stats,
+        }
+    }
+
+    /// However long it takes, whatever the thread's number, and whatever the hook is called.
+    #[test]
+    fn what_a_fork_does_now_fits_a_hundred_columns() {
+        let mut report = empty(Stats::default());
+        let (tid, taken) = (4_194_304, Duration::from_millis(86_400_123));
+        let now = |report: &Report| {
+            let text = report.to_string();
+            let mut now = text.lines().filter(|line| line.starts_with("now: ")).map(str::to_owned);
+            let line = now.next();
+            assert_eq!(now.next(), None, "{text}");
+            line
+        };
+        assert_eq!(now(&report), None);
+        report.preparing = Some(Preparing { tid, hook: "data\nbase", taken });
+        let line = "now: the fork of thread 4194304 has been preparing hook \"data\\nbase\" for 86400 s";
+        assert_eq!(now(&report).as_deref(), Some(line));
+        for hook in ["h".repeat(120), "\u{2066}長い".repeat(20)] {
+            report.preparing = Some(Preparing { tid, hook: hook.leak(), taken });
+            let line = now(&report).expect("it prepares");
+            assert!(
+                (98..=100).contains(&crate::columns::width_of(&line)) && line.ends_with("\" for 86400 s"),
+                "{line}"
+            );
+        }
+        for stream in [stdio::Stream::Output, stdio::Stream::Error] {
+            report.waiting = Some(Waiting { tid, stream, waited: taken });
+            let line =
+                format!("now: the fork of thread 4194304 has waited 86400 s for {stream}: a thread is stuck printing");
+            assert!(line.len() <= 100);
+            assert_eq!(now(&report), Some(line));
+        }
+    }
+
     /// Every figure is another one, so that none stands in another's place.
     #[test]
     fn each_figure_stands_in_its_place() {
@@ -322,18 +387,7 @@ mod tests {
             copying: durations(4),
             programs: 10,
         };
-        let report = Report {
-            pid: 42,
-            lineage: Lineage { generation: 11, dirty: false, bypass: true },
-            off: true,
-            hooks: None,
-            waiting: None,
-            preparing: None,
-            regions: Vec::new(),
-            care_fds: Vec::new(),
-            children: None,
-            stats,
-        };
+        let report = empty(stats);
         assert_eq!(report.to_string(), TEXT, "\n{report}");
     }
 

@@ -112,6 +112,22 @@ fn a_table_of_anything_fits_a_hundred_columns() {
     });
 }
 
+/// Whatever a process calls itself.
+#[test]
+fn the_head_of_a_table_fits_a_hundred_columns() {
+    isolated("the_head_of_a_table_fits_a_hundred_columns", 20, || {
+        fs::write("/proc/self/comm", [0x1b; 15]).expect("a name");
+        let found = audit().expect("an audit");
+        assert_eq!(found.name, "\x1b".repeat(15));
+        let text = found.to_string();
+        let head = text.lines().next().expect("a line");
+        assert!(
+            head.len() == 100 && head.ends_with(&format!("): 2 threads, {} descriptors", found.descriptors.len())),
+            "{head}"
+        );
+    });
+}
+
 /// What a parser reads is what the audit says.
 #[track_caller]
 fn assert_json(found: &Audit) {

@@ -9,14 +9,10 @@ pub(super) fn table(audit: &Audit, f: &mut fmt::Formatter<'_>) -> fmt::Result {
     let (exec, noexec) = (audit.leaked().count(), audit.leaked_noexec().count());
     let s = |n: usize| if n == 1 { "" } else { "s" };
     let (threads, fds) = (audit.threads, audit.descriptors.len());
-    writeln!(
-        f,
-        "process {} ({}): {threads} thread{}, {fds} descriptor{}",
-        audit.pid,
-        printable(&audit.name),
-        s(threads),
-        s(fds)
-    )?;
+    let (head, tail) =
+        (format!("process {} (", audit.pid), format!("): {threads} thread{}, {fds} descriptor{}", s(threads), s(fds)));
+    let room = COLUMNS.saturating_sub(head.len() + tail.len());
+    writeln!(f, "{head}{}{tail}", shorten(&printable(&audit.name), room))?;
     // As wide as the longest number.
     let wide = audit.descriptors.iter().map(|d| d.number).max().unwrap_or(0).to_string().len().max(3);
     writeln!(
