@@ -34,16 +34,23 @@ pub fn report() -> Report {
     let regions = regions();
     let waiting = stdio::waiting();
     let preparing = runtime::at_work().look(clock::now());
+    // Care-fds before children, for whose files numbers are used that may have been closed behind carefork's back.
+    let (hooks, care_fds) = (hooks(), care_fds());
+    let (children, unlisted) = match children() {
+        Ok(children) => (children, None),
+        Err(e) => (None, Some(e.to_string())),
+    };
     Report {
         pid: std::process::id(),
         lineage,
         off: runtime::is_off(),
         regions,
-        hooks: hooks(),
+        hooks,
         waiting,
         preparing,
-        care_fds: care_fds(),
-        children: children(),
+        care_fds,
+        children,
+        unlisted,
         stats: stats(),
     }
 }
@@ -70,8 +77,10 @@ pub struct Report {
     /// The registered descriptors, rising.
     pub care_fds: Vec<CareFdEntry>,
     /// This process's children that nobody has waited for, rising; from `/proc/self/task/*/children`. `None` where the kernel has no such
-    /// file.
+    /// file, or one cannot be read now, as without a free descriptor; the table says which.
     pub children: Option<Vec<ChildEntry>>,
+    /// Why a file of `children` could not be read.
+    unlisted: Option<String>,
     /// What was counted.
     pub stats: Stats,
 }
@@ -131,18 +140,28 @@ pub struct ChildEntry {
     pub state: char,
 }
 
-fn children() -> Option<Vec<ChildEntry>> {
+fn children() -> io::Result<Option<Vec<ChildEntry>>> {
     let mut found = Vec::new();
     let mut seen = false;
     // Every task has the children that it made itself. One that ends meanwhile hands them to another.
-    for task in tasks().ok()? {
-        let Ok(list) = audit::slurp(&format!("/proc/self/task/{task}/children")) else { continue };
+    for task in unless_gone(tasks())?.unwrap_or_default() {
+        let Some(list) = unless_gone(audit::slurp(&format!("/proc/self/task/{task}/children")))? else { continue };
         seen = true;
-        found.extend(list.split_whitespace().filter_map(|pid| ChildEntry::of(pid.parse().ok()?)));
+        for pid in list.split_whitespace().filter_map(|pid| pid.parse().ok()) {
+            found.extend(ChildEntry::of(pid)?);
+        }
     }
     found.sort_by_key(|c: &ChildEntry| c.pid);
     found.dedup_by_key(|c| c.pid);
-    seen.then_some(found)
+    Ok(seen.then_some(found))
+}
+
+/// Of a task or child that has ended there is nothing, as of what this kernel does not have.
+fn unless_gone<T>(read: io::Result<T>) -> io::Result<Option<T>> {
+    match read {
+        Err(e) if matches!(e.raw_os_error(), Some(libc::ENOENT | libc::ESRCH)) => Ok(None),
+        read => read.map(Some),
+    }
 }
 
 fn tasks() -> io::Result<Vec<String>> {
@@ -153,9 +172,12 @@ fn tasks() -> io::Result<Vec<String>> {
 
 impl ChildEntry {
     /// `None` if it was waited for meanwhile.
-    fn of(pid: u32) -> Option<Self> {
-        let stat = audit::slurp(&format!("/proc/{pid}/stat")).ok()?;
-        // "pid (name) state parent ...": the name may hold brackets and blanks.
+    fn of(pid: u32) -> io::Result<Option<Self>> {
+        Ok(unless_gone(audit::slurp(&format!("/proc/{pid}/stat")))?.and_then(|stat| ChildEntry::parse(pid, &stat)))
+    }
+
+    /// "pid (name) state parent ...": the name may hold brackets and blanks.
+    fn parse(pid: u32, stat: &str) -> Option<Self> {
         let (head, tail) = stat.rsplit_once(')')?;
         let name = head.split_once('(')?.1.to_owned();
         Some(ChildEntry { pid, name, state: tail.trim_start().chars().next()? })
@@ -276,7 +298,10 @@ impl Report {
 
     fn show_children(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         let Some(children) = &self.children else {
-            return writeln!(f, "children: the kernel does not list them");
+            return match &self.unlisted {
+                Some(why) => writeln!(f, "children: not listed: {why}"),
+                None => writeln!(f, "children: the kernel does not list them"),
+            };
         };
         writeln!(f, "children: {}", children.len())?;
         if !children.is_empty() {
@@ -331,6 +356,7 @@ mod tests {
             regions: Vec::new(),
             care_fds: Vec::new(),
             children: None,
+            unlisted: None,
             stats,
         }
     }

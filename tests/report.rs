@@ -219,6 +219,20 @@ fn children_of_all_threads_are_listed() {
     });
 }
 
+/// Where there are no descriptors left, that is not said to be the kernel's doing.
+#[test]
+fn children_that_cannot_be_listed_now() {
+    let limit = Setup { rlimits: vec![(libc::RLIMIT_NOFILE, 32)], ..Setup::default() };
+    isolated_with("children_that_cannot_be_listed_now", 20, limit, || {
+        let taken: Vec<_> = std::iter::from_fn(|| File::open("/dev/null").ok()).collect();
+        let during = report();
+        drop(taken);
+        assert_eq!(during.children, None);
+        assert!(during.to_string().contains("\nchildren: not listed: Too many open files"), "{during}");
+        assert_eq!(report().children, Some(Vec::new()));
+    });
+}
+
 #[test]
 fn turned_off_is_said() {
     let env = vec![("CAREFORK".to_owned(), "off".to_owned())];
