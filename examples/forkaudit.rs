@@ -40,8 +40,9 @@ fn main() -> ExitCode {
     let mut json = false;
     let mut own = false;
     let mut pid = None;
-    for arg in std::env::args().skip(1) {
-        match arg.as_str() {
+    for arg in std::env::args_os().skip(1) {
+        // What is not UTF-8 is neither a flag nor a number.
+        match &*arg.to_string_lossy() {
             "--help" | "-h" => {
                 return tell(HELP, ExitCode::SUCCESS);
             }

@@ -9,6 +9,7 @@ use carefork::audit::{Fate, Kind};
 use carefork::audit_of;
 use common::{isolated, status_of};
 use std::io::{BufRead as _, BufReader, Read as _};
+use std::os::unix::ffi::OsStrExt as _;
 use std::os::unix::net::UnixStream;
 use std::path::PathBuf;
 use std::process::{Child, ChildStdin, Command, Stdio};
@@ -119,6 +120,10 @@ fn bad_usage_is_told_from_a_leak() {
             assert_eq!((code, out.as_str()), (2, ""), "{args:?}: {errors}");
             assert!(errors.starts_with(&format!("forkaudit: {says}\n")), "{args:?}: {errors}");
         }
+        let done = Command::new(&program).arg(std::ffi::OsStr::from_bytes(b"\xff1")).output().expect("it runs");
+        let errors = String::from_utf8(done.stderr).expect("UTF-8");
+        assert_eq!(done.status.code(), Some(2), "{errors}");
+        assert!(errors.starts_with("forkaudit: \"\u{fffd}1\" is no process's number\n"), "{errors}");
         let (code, help, _) = run(&program, &["--help"]);
         assert_eq!(code, 0);
         assert!(help.contains("Exit status:") && help.lines().all(|l| l.len() <= 120), "{help}");
