@@ -7,6 +7,8 @@ mod preforking;
 use preforking::client::{self, Connection, check, request};
 use preforking::wrk::load;
 use preforking::{Server, kill};
+use std::thread;
+use std::time::Duration;
 
 const KILLS: usize = 18;
 
@@ -91,6 +93,31 @@ fn a_crash_during_a_restart_is_made_up_for() {
     server.line(|line| line == "restarted");
     server.until_whole();
     assert!(!server.workers().iter().any(|(pid, _)| before.contains(pid)));
+    server.end();
+}
+
+/// Who comes while there is no descriptor is let in when there is one again, also if no connection is closed meanwhile.
+#[test]
+fn a_shortage_of_descriptors_passes() {
+    let server = Server::start();
+    let before = server.idle_descriptors();
+    let mut open = Vec::new();
+    for path in ["/first", "/second"] {
+        // As many as it polls, and fewer than it has open.
+        server.limit_descriptors(8);
+        let mut connection = Connection::new(&server.address);
+        connection.write(&request(path, ""));
+        // It tries in vain.
+        thread::sleep(Duration::from_millis(300));
+        server.limit_descriptors(u64::MAX);
+        check(&connection.answer(), path, false);
+        open.push(connection);
+    }
+    for connection in open {
+        connection.shut();
+        connection.end();
+    }
+    server.has_leaked_nothing_since(&before);
     server.end();
 }
 

@@ -130,7 +130,9 @@ fn wait(signals: &CareFd<SignalFd>, master: &Master) -> Result<(Vec<u32>, bool),
     fds.extend(master.workers.iter().map(|w| PollFd::new(w.channel.as_fd(), PollFlags::POLLIN | room)));
     let door = fds.len();
     fds.extend(master.door().map(|fd| PollFd::new(fd, PollFlags::POLLIN)));
-    poll(&mut fds, PollTimeout::NONE)?;
+    // Rounded up, so that the pause is over.
+    let pause = master.pause().map_or(PollTimeout::NONE, |left| PollTimeout::from(left.as_millis() as u16 + 1));
+    poll(&mut fds, pause)?;
     let any = |fd: &PollFd<'_>| fd.any().unwrap_or(true);
     let speakers = master.workers.iter().zip(&fds[first_worker..door]).filter(|(_, fd)| any(fd));
     Ok((speakers.map(|(worker, _)| worker.pid()).collect(), fds.get(door).is_some_and(any)))

@@ -21,6 +21,8 @@ const GRACE: Duration = Duration::from_secs(30);
 const TOO_MANY: u32 = 5;
 /// Connections taken in before others have their turn.
 const AT_ONCE: usize = 64;
+/// How long nobody is let in when there was no descriptor or memory for one more.
+const PAUSE: Duration = Duration::from_millis(100);
 
 pub(crate) struct Master {
     /// A care-fd that workers do not keep: an open listener in a worker would hold the port when the master is gone.
@@ -35,8 +37,8 @@ pub(crate) struct Master {
     /// Those that SIGHUP has yet to replace; the first of them is told to leave.
     old: VecDeque<u32>,
     failing: u32,
-    /// Out of descriptors, until a connection is closed.
-    full: bool,
+    /// Out of descriptors or memory: until a connection is closed, or until then, since others may have had them.
+    full: Option<Instant>,
     /// Since when.
     ending: Option<Instant>,
 }
@@ -68,7 +70,7 @@ impl Master {
             workers: Vec::new(),
             old: VecDeque::new(),
             failing: 0,
-            full: false,
+            full: None,
             ending: None,
         })
     }
@@ -98,8 +100,13 @@ impl Master {
 
     /// The listener, if connections can be taken in.
     pub(crate) fn door(&self) -> Option<BorrowedFd<'_>> {
-        let open = self.table.has_room() && self.table.waiting.is_empty() && !self.full;
+        let open = self.table.has_room() && self.table.waiting.is_empty() && self.pause().is_none();
         self.listener.as_ref().filter(|_| open).map(|listener| listener.as_fd())
+    }
+
+    /// How long it will be until there may be descriptors and memory again.
+    pub(crate) fn pause(&self) -> Option<Duration> {
+        self.full?.checked_duration_since(Instant::now()).filter(|left| !left.is_zero())
     }
 
     /// Takes in who is at the door; true if there may be more.
@@ -121,7 +128,7 @@ impl Master {
                 Err(e)
                     if matches!(e.raw_os_error(), Some(libc::EMFILE | libc::ENFILE | libc::ENOMEM | libc::ENOBUFS)) =>
                 {
-                    self.full = true;
+                    self.full = Some(Instant::now() + PAUSE);
                     return Ok(false);
                 }
                 Err(e) => return Err(e.into()),
@@ -161,7 +168,7 @@ impl Master {
                 Message::Number(number) => {
                     if self.table.close(number) {
                         worker.serves -= 1;
-                        self.full = false;
+                        self.full = None;
                     }
                 }
                 Message::Connection(..) => {}
@@ -176,6 +183,7 @@ impl Master {
         self.hear(exit.pid)?;
         let Some(at) = self.workers.iter().position(|w| w.pid() == exit.pid) else { return Ok(()) };
         let Worker { ready, .. } = self.workers.swap_remove(at);
+        self.full = None;
         for number in self.table.of(exit.pid) {
             let slot = self.board.slot(index(number));
             slot.blame();

@@ -110,6 +110,17 @@ impl Server {
         assert_eq!(unsafe { libc::kill(-self.process.id().cast_signed(), signal) }, 0);
     }
 
+    /// What the master opens from now on gets a number below this one, or fails.
+    pub fn limit_descriptors(&self, below: u64) {
+        let pid = self.process.id().cast_signed();
+        let mut limit = libc::rlimit { rlim_cur: 0, rlim_max: 0 };
+        // SAFETY: `limit` is live.
+        assert_eq!(unsafe { libc::prlimit(pid, libc::RLIMIT_NOFILE, std::ptr::null(), &raw mut limit) }, 0);
+        limit.rlim_cur = below.min(limit.rlim_max);
+        // SAFETY: as above.
+        assert_eq!(unsafe { libc::prlimit(pid, libc::RLIMIT_NOFILE, &raw const limit, std::ptr::null_mut()) }, 0);
+    }
+
     /// Its children: pid and state.
     pub fn workers(&self) -> Vec<(u32, char)> {
         let pid = self.process.id();
