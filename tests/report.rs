@@ -3,17 +3,20 @@
 #![allow(unsafe_code, clippy::disallowed_methods, clippy::expect_used)]
 
 mod common;
+mod drive;
 mod kit;
 
 use carefork::audit::Kind;
 use carefork::report::{CareFdEntry, HookEntry};
+use carefork::stdio::{self, Stream};
 use carefork::testing::advance;
 use carefork::{CareFd, Fork, ForkOptions, Hook, Mutex, OnFork, Report, force_unlock, no_forking, register, report};
-use common::{Setup, check, isolated, isolated_with};
+use common::{Setup, Verdict, check, isolated, isolated_with, raw, reap};
+use drive::{BOTH, Kind as ForkKind, SOON, until};
 use kit::{InRegion, code};
 use std::fs::File;
 use std::os::fd::AsRawFd;
-use std::sync::atomic::{AtomicBool, Ordering::SeqCst};
+use std::sync::atomic::{AtomicBool, AtomicI32, Ordering::SeqCst};
 use std::sync::{Arc, mpsc};
 use std::thread;
 use std::time::Duration;
@@ -281,7 +284,7 @@ fn a_dirty_fork_names_the_culprit() {
                 check(2, here.to_string().contains(": generation 1, after a dirty fork\n"));
                 0
             });
-            assert_eq!(common::reap(pid, kit::SOON), common::Verdict::Exited(0));
+            assert_eq!(reap(pid, SOON), Verdict::Exited(0));
         });
         let here = report();
         assert_eq!((here.stats.foreign, here.stats.dirty, here.regions.len()), (1, 1, 1));
@@ -402,6 +405,7 @@ fn a_forgotten_guard_is_found() {
 #[test]
 fn children_get_nothing_of_the_reports_own() {
     isolated("children_get_nothing_of_the_reports_own", 60, || {
+        kit::freeze();
         let stop = kit::Stop::default();
         let expected: Vec<_> = common::self_fds().as_slice().to_vec();
         thread::scope(|s| {
@@ -418,8 +422,144 @@ fn children_get_nothing_of_the_reports_own() {
                     check(2, common::self_fds().as_slice() == expected);
                     0
                 });
-                assert_eq!(common::reap(pid, kit::SOON), common::Verdict::Exited(0));
+                assert_eq!(reap(pid, SOON), Verdict::Exited(0));
             }
         });
+    });
+}
+
+// -- a fork that waits for a stream
+
+#[track_caller]
+fn ends_well(pid: i32) {
+    assert_eq!(reap(pid, SOON), Verdict::Exited(0));
+}
+
+/// A fork of that kind without a budget.
+fn fork_without_end(kind: ForkKind) -> i32 {
+    match kind {
+        ForkKind::Foreign => drive::foreign(|| 0),
+        ForkKind::Coordinated => drive::fork_with(&ForkOptions::new().timeout_never(), || 0).expect("a child"),
+    }
+}
+
+/// The lines of a report that begin with `now:`.
+fn now() -> Vec<String> {
+    report().to_string().lines().filter(|line| line.starts_with("now:")).map(str::to_owned).collect()
+}
+
+/// Which thread's fork waits, how long it has, for which stream; nothing before, nothing after.
+#[test]
+fn a_fork_that_waits_for_a_stream_is_said() {
+    isolated("a_fork_that_waits_for_a_stream_is_said", 60, || {
+        let _guard = stdio::guard();
+        carefork::set_foreign_budget(None);
+        assert_eq!((now(), report().waiting), (vec![], None));
+        for kind in BOTH {
+            for stream in [Stream::Output, Stream::Error] {
+                let tid = AtomicI32::new(0);
+                thread::scope(|s| {
+                    let (out, err) = (std::io::stdout(), std::io::stderr());
+                    let held = match stream {
+                        Stream::Output => (Some(out.lock()), None),
+                        _ => (None, Some(err.lock())),
+                    };
+                    s.spawn(|| {
+                        tid.store(drive::gettid(), SeqCst);
+                        ends_well(fork_without_end(kind));
+                    });
+                    until(|| stdio::waiting().is_some_and(|w| w.stream == stream));
+                    let name = if stream == Stream::Output { "standard output" } else { "standard error" };
+                    let found = report();
+                    let waiting = found.waiting.expect("it waits still");
+                    assert_eq!((waiting.tid, waiting.stream), (tid.load(SeqCst) as u32, stream));
+                    // The clock is the real one: `report` itself waits at the gate that this fork keeps shut.
+                    let text = found.to_string();
+                    let lines: Vec<_> = text.lines().filter(|line| line.starts_with("now:")).collect();
+                    assert_eq!(lines.len(), 1, "{text}");
+                    assert!(
+                        lines[0].starts_with(&format!("now: the fork of thread {} has waited ", waiting.tid)),
+                        "{text}"
+                    );
+                    assert!(lines[0].ends_with(&format!(" for {name}: a thread is stuck printing")), "{text}");
+                    drive::a_while();
+                    let later = report().waiting.expect("it waits still").waited;
+                    assert!(
+                        later >= waiting.waited + Duration::from_millis(30),
+                        "{later:?} after {:?}",
+                        waiting.waited
+                    );
+                    // Between what was counted and the hooks, which the fork has.
+                    let after = text.lines().skip_while(|line| !line.starts_with("now:")).nth(1);
+                    assert_eq!(after, Some("hooks: a fork is in progress and has them"), "{text}");
+                    drop(held);
+                });
+                assert_eq!((now(), report().waiting), (vec![], None), "{kind:?}");
+            }
+        }
+    });
+}
+
+// -- forks without handlers
+
+/// A child of a raw clone, which no at-fork handler knows of.
+fn bypass(f: impl FnOnce() -> i32) -> i32 {
+    drive::until_others_sleep();
+    // SAFETY: the arguments of a fork; the other threads sleep, so the allocator is at rest.
+    let pid = unsafe { libc::syscall(libc::SYS_clone, libc::SIGCHLD, 0, 0, 0, 0) };
+    if pid == 0 {
+        raw::exit_now(f());
+    }
+    i32::try_from(pid).expect("a pid")
+}
+
+fn head_is(ending: &str) -> bool {
+    let text = report().to_string();
+    text.lines().next() == Some(&format!("carefork in process {}: {ending}", std::process::id()))
+}
+
+/// The child of one says so, and its own children do, of whatever kind; its parent does not, nor children of other kinds.
+#[test]
+fn a_fork_without_handlers_is_said() {
+    isolated("a_fork_without_handlers_is_said", 60, || {
+        for kind in BOTH {
+            ends_well(kind.fork(|| {
+                check(1, !report().lineage.bypass);
+                check(2, head_is("generation 1"));
+                0
+            }));
+        }
+        ends_well(bypass(|| {
+            check(3, head_is("generation 1, after a fork without handlers"));
+            check(4, report().lineage.bypass);
+            for kind in BOTH {
+                let pid = kind.fork(|| {
+                    check(5, head_is("generation 2, after a fork without handlers"));
+                    0
+                });
+                check(6, reap(pid, SOON) == Verdict::Exited(0));
+            }
+            0
+        }));
+        assert!(!report().lineage.bypass && head_is("generation 0"));
+    });
+}
+
+/// Both at once, in that order.
+#[test]
+fn a_dirty_fork_before_one_without_handlers_is_said() {
+    isolated("a_dirty_fork_before_one_without_handlers_is_said", 60, || {
+        carefork::set_foreign_budget(Some(Duration::from_millis(1)));
+        let inside = drive::inside("sleeper");
+        ends_well(drive::foreign(|| {
+            check(1, head_is("generation 1, after a dirty fork"));
+            let pid = bypass(|| {
+                check(2, head_is("generation 2, after a dirty fork, after a fork without handlers"));
+                0
+            });
+            check(3, reap(pid, SOON) == Verdict::Exited(0));
+            0
+        }));
+        inside.leave();
     });
 }
