@@ -205,8 +205,10 @@ fn the_first_path_is_searched() {
             static mut environ: *const *const libc::c_char;
         }
         let new = [c"PATH=/bin:/usr/bin".as_ptr(), c"PATH=/nonexistent".as_ptr(), std::ptr::null()];
-        // SAFETY: an isolated test has one thread that looks at the environment, and it is put back.
-        let old = unsafe { std::mem::replace(&mut *(&raw mut environ), new.as_ptr()) };
+        // SAFETY: an isolated test has one thread that looks at the environment.
+        let old = unsafe { environ };
+        // SAFETY: as above; put back.
+        unsafe { environ = new.as_ptr() };
         let found = Command::new("true").status();
         // SAFETY: as above.
         unsafe { environ = old };

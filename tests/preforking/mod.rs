@@ -142,9 +142,14 @@ impl Server {
         until(|| self.is_whole(), || format!("{:?}", self.workers()));
     }
 
-    /// A worker that serves connections, once there is one: it has its channel, and sockets besides.
+    /// A worker that serves connections, once there is one: it has its channel, and sockets besides. One that was forked this moment has its
+    /// master's still, and another epoll with them.
     pub fn busy_worker(&self) -> u32 {
-        let sockets = |pid| targets(pid).iter().filter(|to| to.starts_with("socket:")).count();
+        let sockets = |pid| {
+            let fds = targets(pid);
+            let count = |kind: &str| fds.iter().filter(|to| to.contains(kind)).count();
+            if (count("eventpoll"), count("signalfd")) == (1, 1) { count("socket:") } else { 0 }
+        };
         let mut busiest = None;
         let is_busy = || {
             busiest = self.workers().into_iter().map(|(pid, _)| (sockets(pid), pid)).max();
