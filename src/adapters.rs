@@ -21,7 +21,7 @@ use std::sync;
 /// The lock is tried, again and again within the fork's budget, never waited for. So a fork that does not get it is
 /// [`ForkError::Busy`](crate::ForkError::Busy) with the hook's name, or dirty if it is a foreign one; and **a thread that
 /// forks while it holds the lock itself** gets just that after the whole budget, since to these locks it is one more that
-/// holds them (but for a reentrant one). So does a lock that is never free because it is handed from each holder to the next
+/// holds them (but for a reentrant one). So does every fork while two such hooks hold one lock. So does a lock that is never free because it is handed from each holder to the next
 /// (parking_lot's `FairMutex` with waiters at all times). Fork with the lock free, or use [`Mutex`](crate::Mutex) or
 /// [`RwLock`](crate::RwLock), which let their holder fork.
 ///

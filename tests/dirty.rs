@@ -362,6 +362,27 @@ fn a_hook_whose_lock_was_had_is_not_to_blame() {
     });
 }
 
+/// Of two forks on one thread, the second names nobody whom the first has met.
+#[test]
+fn a_hook_is_not_to_blame_for_a_later_fork() {
+    isolated("a_hook_is_not_to_blame_for_a_later_fork", 60, || {
+        let lock = Arc::new(std::sync::Mutex::new(()));
+        let _hook = register(Hook::std_mutex("innocent", Arc::clone(&lock)));
+        freeze();
+        set_foreign_budget(Some(20 * MS));
+        let mut stderr = catch_stderr();
+        let clock = run_clock(20 * MS);
+        let held = lock.lock().expect("not poisoned");
+        ends_well(foreign(|| i32::from(!lineage().dirty)));
+        drop(held);
+        assert!(stderr.text().contains("no lock for hook innocent"));
+        let one = inside("to-blame");
+        let Err(ForkError::Busy { culprits }) = coordinated(|| 1) else { panic!("it is in the way") };
+        drop((clock, one));
+        assert_eq!((culprits.hook, culprits.threads.len()), (None, 1), "{culprits:?}");
+    });
+}
+
 #[test]
 fn a_fork_that_never_comes_to_its_turn() {
     static HOLD: AtomicBool = AtomicBool::new(true);

@@ -148,6 +148,11 @@ fn later_handlers_find_errno_as_libc_leaves_it() {
             ends_well(kind.fork(|| 0));
             assert_eq!(SEEN.load(SeqCst), 0, "{kind:?}");
         }
+        // No child: by this.
+        common::refuse_forks(libc::EAGAIN).expect("a filter");
+        // SAFETY: there is no child.
+        assert_eq!(unsafe { libc::fork() }, -1);
+        assert_eq!(SEEN.load(SeqCst), libc::EAGAIN);
     });
 }
 

@@ -370,3 +370,21 @@ fn the_null_device_is_nobody_elses() {
         assert_eq!((code(&mut child), other.join().expect("no panic")), (0, 0));
     });
 }
+
+/// A standard stream stays, also one that is a care-fd.
+#[test]
+fn closing_the_others_leaves_a_care_fd_that_is_standard_input() {
+    isolated("closing_the_others_leaves_a_care_fd_that_is_standard_input", 20, || {
+        // SAFETY: a number of this process's.
+        unsafe { libc::close(0) };
+        let input = CareFd::open(|| Ok(null())).expect("a care-fd");
+        assert_eq!(input.as_raw_fd(), 0);
+        let mut child = forked(&ForkOptions::new().close_others(true), |token| {
+            check(1, input.is_open_here() && self_fds().contains(0));
+            drop(token);
+            check(2, !input.is_open_here());
+            0
+        });
+        assert_eq!(code(&mut child), 0);
+    });
+}
