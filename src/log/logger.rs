@@ -3,7 +3,7 @@
 use super::builder::WhenFull;
 use super::line::{self, Style};
 use super::output::{self, Output, Sink};
-use super::queue::{Losses, Message, Queue, Worker};
+use super::queue::{Losses, Queue, Worker};
 use crate::{OnceLock, RwLock, fork_generation};
 use std::cell::RefCell;
 use std::fmt;
@@ -103,7 +103,7 @@ impl Logger {
             if let Some(queue) = &here.queue
                 && queue.is_started()
             {
-                queue.send(Message::Turn(Arc::clone(&sink)));
+                queue.turn(Arc::clone(&sink));
                 // So that nothing but the thread, until it turns, keeps the old output open.
                 let (queue, losses) = (Some(Arc::clone(queue)), Arc::clone(&here.losses));
                 inner.replace(now, Arc::new(Here { sink, queue, losses }));
@@ -289,8 +289,10 @@ impl Drop for Inner {
             forget(std::mem::replace(self.here.get_mut(), Arc::new(nothing)));
             return;
         }
+        // Its own writer may have dropped the last handle: the thread would wait for itself.
         if let Some(queue) = &self.here.get_mut().queue
             && queue.was_started()
+            && !output::inside()
         {
             // What is left then the thread goes on with.
             queue.flush_while_it_moves();
@@ -308,7 +310,7 @@ impl Here {
     ) -> Arc<Here> {
         let queue = background.map(|(capacity, when_full)| {
             let (sink, style, losses) = (Arc::clone(&sink), Arc::clone(style), Arc::clone(&losses));
-            let worker = Worker { sink, style, mark, losses, steps: Arc::default() };
+            let worker = Worker { sink, style, mark, losses, shared: Arc::default() };
             Arc::new(Queue::new(capacity, when_full, worker))
         });
         Arc::new(Here { sink, queue, losses })

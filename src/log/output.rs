@@ -7,6 +7,7 @@ use std::fs::{File, OpenOptions};
 use std::io::{self, Write};
 use std::os::fd::{AsRawFd, OwnedFd, RawFd};
 use std::path::Path;
+use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering::Relaxed};
 
 /// Where a logger writes.
@@ -95,18 +96,18 @@ pub(super) fn inside() -> bool {
     INSIDE.get()
 }
 
-struct Inside;
+/// What was so before.
+struct Inside(bool);
 
 impl Inside {
     fn begin() -> Inside {
-        INSIDE.set(true);
-        Inside
+        Inside(INSIDE.replace(true))
     }
 }
 
 impl Drop for Inside {
     fn drop(&mut self) {
-        INSIDE.set(false);
+        INSIDE.set(self.0);
     }
 }
 
@@ -169,6 +170,12 @@ impl Sink {
             }
             _ => Ok(()),
         }
+    }
+
+    /// Drops it, and a writer as one that is being called.
+    pub(super) fn end(self: Arc<Self>) {
+        let _inside = Inside::begin();
+        drop(self);
     }
 
     pub(super) fn is_writer(&self) -> bool {

@@ -8,10 +8,12 @@ use super::line::Style;
 use super::output::{Sink, Stopped};
 use crate::{Mutex, OnceLock, sys_signals};
 use crossbeam_channel::{Receiver, RecvTimeoutError, SendTimeoutError, Sender, bounded, unbounded};
+use std::cell::Cell;
+use std::collections::VecDeque;
 use std::io;
 use std::panic::{AssertUnwindSafe, catch_unwind};
-use std::sync::Arc;
 use std::sync::atomic::{AtomicI32, AtomicU64, Ordering::Relaxed};
+use std::sync::{Arc, MutexGuard, PoisonError};
 use std::time::Duration;
 
 /// A line and the length of its head.
@@ -104,7 +106,27 @@ pub(super) struct Queue {
     /// The thread's side, until it is started: then nobody but the thread keeps its output open.
     worker: Mutex<Option<Worker>>,
     losses: Arc<Losses>,
-    steps: Arc<AtomicU64>,
+    shared: Arc<Shared>,
+}
+
+/// What the thread tells, and is told by itself.
+#[derive(Default)]
+pub(super) struct Shared {
+    /// Counts what it took out of the queue: it takes no more while a write is stuck.
+    steps: AtomicU64,
+    /// What it took before its turn, to make room for itself.
+    kept: std::sync::Mutex<VecDeque<Message>>,
+}
+
+impl Shared {
+    fn kept(&self) -> MutexGuard<'_, VecDeque<Message>> {
+        self.kept.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+thread_local! {
+    /// On a log's thread, what it shares. Const, no destructor.
+    static OWN: Cell<*const Shared> = const { Cell::new(std::ptr::null()) };
 }
 
 /// So long the end of a program that chose to lose records waits for an output that takes nothing.
@@ -116,8 +138,8 @@ impl Queue {
             WhenFull::Block | WhenFull::Drop => bounded(capacity.max(1)),
             WhenFull::GrowTo(_) => unbounded(),
         };
-        let (losses, steps) = (Arc::clone(&worker.losses), Arc::clone(&worker.steps));
-        Queue { tx, rx, when_full, started: OnceLock::new(), worker: Mutex::new(Some(worker)), losses, steps }
+        let (losses, shared) = (Arc::clone(&worker.losses), Arc::clone(&worker.shared));
+        Queue { tx, rx, when_full, started: OnceLock::new(), worker: Mutex::new(Some(worker)), losses, shared }
     }
 
     /// Starts the thread if this is the first record; false if there can be none.
@@ -152,8 +174,21 @@ impl Queue {
         }
     }
 
+    /// What is offered after this goes there. Waits for room, but for the thread itself (its writer turns the log): nobody else makes any.
+    pub(super) fn turn(&self, sink: Arc<Sink>) {
+        let turn = Message::Turn(sink);
+        if OWN.get() != Arc::as_ptr(&self.shared) {
+            return self.send(turn);
+        }
+        if let Err(full) = self.tx.try_send(turn) {
+            let mut kept = self.shared.kept();
+            kept.extend(self.rx.try_iter().take(self.rx.len()));
+            kept.push_back(full.into_inner());
+        }
+    }
+
     /// Waits for room.
-    pub(super) fn send(&self, message: Message) {
+    fn send(&self, message: Message) {
         // The queue holds a receiver itself, so it is never disconnected.
         drop(self.tx.send(message));
     }
@@ -172,9 +207,9 @@ impl Queue {
             self.flush();
             return true;
         }
-        let mut seen = self.steps.load(Relaxed);
+        let mut seen = self.shared.steps.load(Relaxed);
         let mut moves = || {
-            let now = self.steps.load(Relaxed);
+            let now = self.shared.steps.load(Relaxed);
             std::mem::replace(&mut seen, now) != now
         };
         let (done, wait) = bounded(1);
@@ -195,14 +230,14 @@ impl Queue {
 
     /// Takes what is queued from the thread, and counts it as lost: before the end of the process.
     pub(super) fn give_up(&self) {
+        let kept = std::mem::take(&mut *self.shared.kept());
         // Others may go on logging.
-        for _ in 0..self.rx.len() {
-            match self.rx.try_recv() {
-                Ok(Message::Record(_)) => self.losses.full(),
+        for message in kept.into_iter().chain(self.rx.try_iter().take(self.rx.len())) {
+            match message {
+                Message::Record(_) => self.losses.full(),
                 // A flush that is not answered, an output with a buffer that is not to be flushed into a full pipe here.
                 #[allow(clippy::mem_forget)]
-                Ok(other) => std::mem::forget(other),
-                Err(_) => return,
+                other => std::mem::forget(other),
             }
         }
     }
@@ -214,8 +249,7 @@ pub(super) struct Worker {
     pub(super) style: Arc<Style>,
     pub(super) mark: bool,
     pub(super) losses: Arc<Losses>,
-    /// Counts what it took out of the queue: it takes no more while a write is stuck.
-    pub(super) steps: Arc<AtomicU64>,
+    pub(super) shared: Arc<Shared>,
 }
 
 /// So much is gathered for one write(2).
@@ -224,10 +258,11 @@ const BATCH: usize = 64 * 1024;
 impl Worker {
     /// Ends when the queue is dropped and everything in it was written.
     fn run(mut self, rx: &Receiver<Message>) {
+        OWN.set(Arc::as_ptr(&self.shared));
         let mut batch = Batch::default();
-        while let Ok(first) = rx.recv() {
+        while let Some(first) = self.kept().or_else(|| rx.recv().ok()) {
             self.take(first, &mut batch);
-            while let Ok(next) = rx.try_recv() {
+            while let Some(next) = self.kept().or_else(|| rx.try_recv().ok()) {
                 self.take(next, &mut batch);
             }
             self.write(&mut batch);
@@ -237,8 +272,12 @@ impl Worker {
         }
     }
 
+    fn kept(&self) -> Option<Message> {
+        self.shared.kept().pop_front()
+    }
+
     fn take(&mut self, message: Message, batch: &mut Batch) {
-        self.steps.fetch_add(1, Relaxed);
+        self.shared.steps.fetch_add(1, Relaxed);
         match message {
             Message::Record((line, head)) => {
                 let most = self.sink.most().min(BATCH);
@@ -261,7 +300,11 @@ impl Worker {
             Message::Turn(sink) => {
                 self.write(batch);
                 self.flush();
-                self.sink = sink;
+                let old = std::mem::replace(&mut self.sink, sink);
+                self.caught(0, || {
+                    old.end();
+                    Ok(())
+                });
             }
         }
     }
@@ -302,12 +345,21 @@ impl Worker {
         self.guarded(0, |sink| sink.flush().map_err(|why| Stopped { written: 0, why }));
     }
 
-    /// Whether it went well. A writer that panics loses its record, not the thread.
     fn guarded(&self, records: u64, f: impl FnOnce(&Sink) -> Result<(), Stopped>) -> bool {
-        let why = match catch_unwind(AssertUnwindSafe(|| f(&self.sink))) {
+        self.caught(records, || f(&self.sink))
+    }
+
+    /// Whether it went well. A writer that panics loses its record, not the thread.
+    fn caught(&self, records: u64, f: impl FnOnce() -> Result<(), Stopped>) -> bool {
+        let why = match catch_unwind(AssertUnwindSafe(f)) {
             Ok(Ok(())) => return true,
             Ok(Err(stopped)) => stopped.why,
-            Err(_) => io::Error::other("the writer panicked"),
+            Err(payload) => {
+                // It may panic when it is dropped.
+                #[allow(clippy::mem_forget)]
+                std::mem::forget(payload);
+                io::Error::other("the writer panicked")
+            }
         };
         self.losses.failed(records, &why);
         false

@@ -52,6 +52,19 @@ fn assert_whole(line: &str) {
     assert!(rest.contains("] storm: "), "{line:?}");
 }
 
+/// A writer that is what its function makes of a line.
+struct By<F>(F);
+
+impl<F: FnMut(&[u8]) -> io::Result<usize>> Write for By<F> {
+    fn write(&mut self, bytes: &[u8]) -> io::Result<usize> {
+        (self.0)(bytes)
+    }
+
+    fn flush(&mut self) -> io::Result<()> {
+        Ok(())
+    }
+}
+
 fn log_by(logger: &Logger, message: &str) {
     let builder = &mut ::log::Record::builder();
     let arguments = format_args!("{message}");

@@ -1,13 +1,13 @@
 //! Outputs that are slow, full, buffered, turned away from, or misbehave.
 
-use crate::common::{self, isolated};
+use crate::common::{self, isolated, thread_count};
 use crate::drive;
 use crate::logs::{Scratch, standard_error_to};
-use crate::{drained, full_pipe, in_both, limit_files, log_by, lost, numbered};
-use carefork::log::{self, Builder, Output};
+use crate::{By, drained, full_pipe, in_both, limit_files, log_by, lost, numbered};
+use carefork::log::{self, Builder, Logger, Output};
 use std::io::{self, Write};
 use std::os::fd::AsRawFd;
-use std::sync::{Arc, Mutex};
+use std::sync::{Arc, Mutex, OnceLock};
 
 #[test]
 fn a_long_line_goes_to_a_pipe_in_pieces_and_to_a_file_in_one() {
@@ -131,6 +131,100 @@ fn writers_that_misbehave() {
         assert_eq!(numbered(&text), [0, 3, 4], "{text}");
         assert_eq!(lost(&text), 2, "{text}");
         assert!(error.text().ends_with("from inside\n"));
+    });
+}
+
+/// A writer that gives up and points the log elsewhere, while others fill the queue: what was logged before is lost with it.
+#[test]
+fn a_writer_may_turn_its_own_log() {
+    isolated("output::a_writer_may_turn_its_own_log", 10, || {
+        let file = Scratch::new("turned");
+        let (place, path) = (Arc::new(OnceLock::<Logger>::new()), file.0.clone());
+        let known = Arc::clone(&place);
+        let output = Output::writer(By(move |_: &[u8]| {
+            // Meanwhile the queue fills.
+            drive::a_while();
+            known.get().expect("set").set_output(Output::file(&path)?);
+            Err(io::ErrorKind::StorageFull.into())
+        }));
+        let logger = Builder::new().output(output).background(4).build();
+        drop(place.set(logger.clone()));
+        (0..20).for_each(|n| log_by(&logger, &format!("record 0 {n}")));
+        logger.flush();
+        let text = file.text();
+        assert_eq!(numbered(&text), (logger.lost()..20).collect::<Vec<_>>(), "{text}");
+        // Those in its hands and in the queue.
+        assert!((1..=10).contains(&logger.lost()), "{text}");
+    });
+}
+
+/// A writer whose end logs, or panics, on the log's thread; a panic whose payload panics in turn.
+#[test]
+fn a_writers_end_does_not_stop_the_log() {
+    struct Ends(Box<dyn Fn() + Send>);
+    impl Write for Ends {
+        fn write(&mut self, bytes: &[u8]) -> io::Result<usize> {
+            Ok(bytes.len())
+        }
+
+        fn flush(&mut self) -> io::Result<()> {
+            Ok(())
+        }
+    }
+    impl Drop for Ends {
+        fn drop(&mut self) {
+            (self.0)();
+        }
+    }
+    struct Panics;
+    impl Drop for Panics {
+        fn drop(&mut self) {
+            std::panic::resume_unwind(Box::new(()));
+        }
+    }
+    isolated("output::a_writers_end_does_not_stop_the_log", 10, || {
+        let error = Scratch::new("error");
+        let _redirected = standard_error_to(&error);
+        let place = Arc::new(OnceLock::<Logger>::new());
+        let known = Arc::clone(&place);
+        let logs = move || {
+            drive::a_while();
+            log_by(known.get().expect("set"), "the last words of a writer");
+        };
+        let panics = || std::panic::resume_unwind(Box::new(()));
+        let panics_twice = || std::panic::resume_unwind(Box::new(Panics));
+        for end in [Box::new(logs) as Box<dyn Fn() + Send>, Box::new(panics), Box::new(panics_twice)] {
+            let file = Scratch::new("next");
+            let logger = Builder::new().output(Output::writer(Ends(end))).background(4).build();
+            drop(place.set(logger.clone()));
+            log_by(&logger, "record 0 0");
+            logger.set_output(Output::file(&file.0).expect("a file"));
+            (1..20).for_each(|n| log_by(&logger, &format!("record 0 {n}")));
+            logger.flush();
+            assert_eq!(numbered(&file.text()), (1..20).collect::<Vec<_>>());
+        }
+        assert!(error.text().ends_with("the last words of a writer\n"));
+    });
+}
+
+/// The last handle of a logger goes while its thread is in the writer: it ends, having written what was queued.
+#[test]
+fn a_writer_may_drop_the_last_handle() {
+    isolated("output::a_writer_may_drop_the_last_handle", 10, || {
+        let (before, file) = (thread_count(), Scratch::new("last"));
+        let (give, given) = std::sync::mpsc::channel::<Logger>();
+        let (mut to, mut last) = (file.append(), Some(given));
+        let output = Output::writer(By(move |bytes: &[u8]| {
+            if let Some(given) = last.take() {
+                drop(given.recv().expect("the test sends it"));
+            }
+            to.write(bytes)
+        }));
+        let logger = Builder::new().output(output).background(4).build();
+        (0..4).for_each(|n| log_by(&logger, &format!("record 0 {n}")));
+        give.send(logger).expect("the writer waits");
+        drive::until(|| thread_count() == before);
+        assert_eq!(numbered(&file.text()), [0, 1, 2, 3]);
     });
 }
 
