@@ -112,7 +112,7 @@ pub(super) struct Queue {
 /// What the thread tells, and is told by itself.
 #[derive(Default)]
 pub(super) struct Shared {
-    /// Counts what it took out of the queue: it takes no more while a write is stuck.
+    /// Counts what it took out of the queue: it takes no more while a write is stuck. A writer has written what was taken.
     steps: AtomicU64,
     /// What it took before its turn, to make room for itself.
     kept: std::sync::Mutex<VecDeque<Message>>,
@@ -279,6 +279,12 @@ impl Worker {
     fn take(&mut self, message: Message, batch: &mut Batch) {
         self.shared.steps.fetch_add(1, Relaxed);
         match message {
+            Message::Record((line, _)) if self.sink.is_writer() => {
+                // Each by itself: forks wait for no more than one.
+                if self.guarded(1, |sink| sink.put(&line, false)) {
+                    self.tell();
+                }
+            }
             Message::Record((line, head)) => {
                 let most = self.sink.most().min(BATCH);
                 if batch.bytes.len() + line.len() > most {
@@ -313,24 +319,15 @@ impl Worker {
         if batch.ends.is_empty() {
             return;
         }
-        let mut went = true;
-        if self.sink.is_writer() {
-            // A writer gets each record by itself, and forks wait for no more than one.
-            let mut from = 0;
-            for &end in &batch.ends {
-                went = self.guarded(1, |sink| sink.put(&batch.bytes[from..end], false));
-                from = end;
+        match self.sink.put(&batch.bytes, false) {
+            Ok(()) => self.tell(),
+            Err(stopped) => {
+                let lost = batch.ends.iter().filter(|&&end| end > stopped.written).count();
+                self.losses.failed(lost as u64, &stopped.why);
             }
-        } else if let Err(stopped) = self.sink.put(&batch.bytes, false) {
-            let lost = batch.ends.iter().filter(|&&end| end > stopped.written).count();
-            self.losses.failed(lost as u64, &stopped.why);
-            went = false;
         }
         batch.bytes.clear();
         batch.ends.clear();
-        if went {
-            self.tell();
-        }
     }
 
     fn tell(&self) {

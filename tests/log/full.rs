@@ -3,9 +3,9 @@
 use crate::common::{self, check, isolated};
 use crate::drive::{self, BOTH, Kind};
 use crate::logs::{Scratch, assert_each_once, by_pid, noexec, numbers, standard_error_to, storm};
-use crate::{drained, ends_well, full_pipe, in_both, in_pipe, limit_files, log_by, lost, numbered};
+use crate::{By, drained, ends_well, full_pipe, in_both, in_pipe, limit_files, log_by, lost, numbered};
 use carefork::log::{Builder, Logger, Output, WhenFull};
-use std::io::{self, Read as _};
+use std::io::{self, Read as _, Write as _};
 use std::os::fd::AsRawFd as _;
 use std::sync::{Barrier, OnceLock};
 use std::thread;
@@ -308,5 +308,26 @@ fn a_slow_reader_gets_all_before_the_end() {
         ends_well(pid);
         let text = String::from_utf8(text).expect("text");
         assert_eq!(numbered(text.trim_start_matches('-')), (0..16).collect::<Vec<_>>());
+    });
+}
+
+/// The same for a writer, which has records for longer than the end waits for one.
+#[test]
+fn a_slow_writer_gets_all_before_the_end() {
+    isolated("full::a_slow_writer_gets_all_before_the_end", 30, || {
+        let file = Scratch::new("slow");
+        let pid = noexec(Kind::Foreign, || {
+            let mut to = file.append();
+            let output = Output::writer(By(move |bytes: &[u8]| {
+                thread::sleep(Duration::from_millis(10));
+                to.write(bytes)
+            }));
+            let builder = Builder::new().output(output).background(1000).when_full(WhenFull::Drop);
+            builder.init().expect("the first logger");
+            (0..300).for_each(|n| ::log::info!(target: "storm", "record 0 {n}"));
+            std::process::exit(0)
+        });
+        ends_well(pid);
+        assert_eq!(numbered(&file.text()), (0..300).collect::<Vec<_>>());
     });
 }
