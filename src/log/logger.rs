@@ -7,7 +7,7 @@ use super::queue::{Losses, Queue, Worker};
 use crate::{OnceLock, RwLock, fork_generation};
 use std::cell::RefCell;
 use std::fmt;
-use std::sync::atomic::{AtomicU64, Ordering::Acquire, Ordering::Release};
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering::Acquire, Ordering::Relaxed, Ordering::Release};
 use std::sync::{Arc, Weak};
 
 /// A logger for the `log` facade, made by a [`Builder`](super::Builder). Clones are the same logger.
@@ -121,39 +121,13 @@ impl Logger {
     /// Written is handed to the kernel: it outlives this process, not a loss of power. The background writer is waited for under every
     /// [`WhenFull`], also while it waits for a full pipe.
     pub fn flush(&self) {
-        self.settle(|queue| queue.flush());
+        self.inner.settle(Queue::flush);
     }
 
     /// Before the process ends.
     fn end(&self) {
-        self.settle(|queue| {
-            if !queue.flush_while_it_moves() {
-                queue.give_up();
-            }
-        });
-    }
-
-    fn settle(&self, flush: impl FnOnce(&Queue)) {
-        let inner = &*self.inner;
-        // A writer that flushes the log that it is the writer of would wait for itself.
-        if output::inside() || inner.generation.load(Acquire) != fork_generation() {
-            return;
-        }
-        let here = inner.here();
-        match &here.queue {
-            Some(queue) if queue.was_started() => flush(queue),
-            _ => {
-                here.losses.tell(
-                    &here.sink,
-                    &inner.style,
-                    inner.generation.load(Acquire) != inner.home,
-                    inner.hurried(),
-                );
-                if let Err(e) = here.sink.flush() {
-                    here.losses.failed(0, &e);
-                }
-            }
-        }
+        ENDED.store(true, Relaxed);
+        self.inner.settle(end_queue);
     }
 
     /// How many records this process has lost so far: those that found no room under [`WhenFull::Drop`] or [`WhenFull::GrowTo`], and those
@@ -224,6 +198,26 @@ impl Inner {
             queue.offer((line.into(), head));
         } else {
             here.put(line, head, &self.style, now != self.home, self.hurried());
+        }
+        if ENDED.load(Relaxed) {
+            self.settle(end_queue);
+        }
+    }
+
+    fn settle(&self, flush: impl FnOnce(&Queue)) {
+        // A writer that flushes the log that it is the writer of would wait for itself.
+        if output::inside() || self.generation.load(Acquire) != fork_generation() {
+            return;
+        }
+        let here = self.here();
+        match &here.queue {
+            Some(queue) if queue.was_started() => flush(queue),
+            _ => {
+                here.losses.tell(&here.sink, &self.style, self.generation.load(Acquire) != self.home, self.hurried());
+                if let Err(e) = here.sink.flush() {
+                    here.losses.failed(0, &e);
+                }
+            }
         }
     }
 
@@ -351,9 +345,21 @@ fn flush_at_the_end() {
     });
 }
 
+/// The process is at its end: nobody but whoever logs now waits for the thread.
+static ENDED: AtomicBool = AtomicBool::new(false);
+
+fn end_queue(queue: &Queue) {
+    if !queue.flush_while_it_moves() {
+        // Once is enough.
+        ENDED.store(false, Relaxed);
+        queue.give_up();
+    }
+}
+
 extern "C" fn at_exit() {
-    // A panic must not leave a C function.
-    drop(std::panic::catch_unwind(end));
+    // A panic must not leave a C function, nor one from its payload.
+    #[allow(clippy::mem_forget)]
+    std::mem::forget(std::panic::catch_unwind(end));
 }
 
 fn end() {

@@ -52,7 +52,8 @@
 //! end of a child of [`spawn`](crate::spawn()); with no background writer too, where an [`Output::writer`] may have a buffer. They wait for as long
 //! as it takes, unless the program chose to lose records: under [`WhenFull::Drop`] and [`WhenFull::GrowTo`] they give up when the background
 //! writer has got rid of nothing for a second, and so does the drop of the last handle of a logger that was not installed, whose thread goes on
-//! writing, though. A process that is killed or calls `_exit` loses what was queued; nothing is ever written twice.
+//! writing, though. A record that is logged later yet, by another atexit handler, is waited for by itself. A process that is killed or calls
+//! `_exit` loses what was queued; nothing is ever written twice.
 //!
 //! # Loggers that are there already
 //! [`Guarded`] makes each record of any [`Log`](::log::Log) a region; for tracing-subscriber's formatting layer there is the module

@@ -3,9 +3,9 @@
 use crate::common::{Verdict, isolated, reap};
 use crate::drive::{self, BOTH, Kind, SOON};
 use crate::logs::{Scratch, noexec, numbers};
-use crate::{drained, ends_well, full_pipe, in_both, log_by, numbered};
+use crate::{By, drained, ends_well, full_pipe, in_both, log_by, numbered};
 use carefork::log::{self, Builder, Logger, Output, WhenFull};
-use std::io::Read;
+use std::io::{Read, Write};
 use std::sync::atomic::{AtomicU64, Ordering::SeqCst};
 use std::thread;
 
@@ -149,6 +149,37 @@ fn an_orderly_end_flushes_a_writer() {
         };
         assert!(child.expect("a child").wait().expect("a status").success());
         assert_eq!(numbered(&own.text()), [1, 2], "turned to a writer in a child of spawn");
+    });
+}
+
+/// What is logged after the logger's own atexit handler has run, by a handler that was registered before it.
+#[test]
+fn the_last_words_of_a_process_are_written() {
+    extern "C" fn last() {
+        ::log::info!(target: "storm", "record 0 1");
+        ::log::info!(target: "storm", "record 0 2");
+    }
+    isolated("ends::the_last_words_of_a_process_are_written", 30, || {
+        for (background, when_full) in [(None, WhenFull::Block), (Some(8), WhenFull::Block), (Some(8), WhenFull::Drop)]
+        {
+            let file = Scratch::new("last");
+            ends_well(noexec(Kind::Foreign, || {
+                // SAFETY: a handler that logs.
+                unsafe { libc::atexit(last) };
+                let mut to = file.append();
+                // So slow that the process would be gone.
+                let slow = By(move |bytes: &[u8]| {
+                    drive::a_while();
+                    to.write(bytes)
+                });
+                let builder = background.map_or(Builder::new(), |n| Builder::new().background(n));
+                let output = Output::writer(std::io::BufWriter::new(slow));
+                builder.output(output).when_full(when_full).init().expect("the first logger");
+                ::log::info!(target: "storm", "record 0 0");
+                std::process::exit(0)
+            }));
+            assert_eq!(numbered(&file.text()), [0, 1, 2]);
+        }
     });
 }
 
