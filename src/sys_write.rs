@@ -55,11 +55,20 @@ pub(crate) fn wait_writable(fd: RawFd, ms: i32) -> bool {
 
 /// Whether `fd` is a regular file, which takes a write of any length in one piece.
 pub(crate) fn is_regular(fd: RawFd) -> bool {
+    file_type(fd) == libc::S_IFREG
+}
+
+/// Whether `fd` is a pipe, which takes a write of up to `PIPE_BUF` bytes in one piece.
+pub(crate) fn is_pipe(fd: RawFd) -> bool {
+    file_type(fd) == libc::S_IFIFO
+}
+
+fn file_type(fd: RawFd) -> libc::mode_t {
     // SAFETY: stat is plain data.
     let mut st: libc::stat = unsafe { std::mem::zeroed() };
-    // SAFETY: `st` is live.
-    let r = unsafe { libc::fstat(fd, &mut st) };
-    r == 0 && st.st_mode & libc::S_IFMT == libc::S_IFREG
+    // SAFETY: `st` is live; where it fails it stays zero, which is no type.
+    unsafe { libc::fstat(fd, &mut st) };
+    st.st_mode & libc::S_IFMT
 }
 
 /// Runs `f` when the process ends by exit(3) or the return of `main`; false if libc has no room for it.

@@ -31,14 +31,16 @@
 //! | grandchild, of any of them | to fd 2 again, marked with its own pid | starts empty | none | the same |
 //!
 //! This is libvirt's rule (`virLogReset` in virFork's child), but for the mark. A child that shall keep to a file calls [`set_output`]
-//! with one of its own; two processes may append to one file, since each line is one write(2).
+//! with one of its own; two processes may append to one file or pipe, since each line is one write(2).
 //!
 //! # What is held over a write
-//! Nothing, where the output is a descriptor: a record is formatted into a buffer of its thread and goes out by one write(2), which the
-//! kernel keeps whole (`O_APPEND` on files; [`PIPE_BUF`](libc::PIPE_BUF), 4096 bytes, on pipes, terminals and sockets). So a full pipe stops
-//! the thread that logs, unless [`WhenFull`] says otherwise, and never a fork, unless that thread is inside a region of its program's. (A region of an instant is the first record
-//! of a thread after [`set_output`]: it looks up the output.) A line that is longer than
-//! that goes to anything but a file in several lines, each with the same head, all but the last ending in a backslash.
+//! Nothing that a fork waits for, where the output is a descriptor: a record is formatted into a buffer of its thread and goes out by one
+//! write(2). Files (opened with `O_APPEND`) and pipes (up to [`PIPE_BUF`](libc::PIPE_BUF), 4096 bytes) keep that whole, whoever else writes there.
+//! A socket or a terminal may take a part of it: there the threads of a process write one after the other, each until its line is out, but two
+//! processes, or the threads of one whose output is fd 2, may cut each other's lines (a TCP connection, a non-blocking terminal that is full). So a
+//! full pipe stops the thread that logs, unless [`WhenFull`] says otherwise, and never a fork, unless that thread is inside a region of its
+//! program's. (A region of an instant is the first record of a thread after [`set_output`]: it looks up the output.) A line that is longer than
+//! `PIPE_BUF` goes to anything but a file in several lines, each with the same head, all but the last ending in a backslash.
 //!
 //! An [`Output::writer`] is a stranger's code: it is called inside a region, and forks wait for it as for any region.
 //!

@@ -1,4 +1,4 @@
-//! Where lines go: a descriptor, by one write(2) each and with no lock, or somebody's `Write`, inside a region.
+//! Where lines go: a descriptor, by one write(2) each and with no lock that a fork waits for, or somebody's `Write`, inside a region.
 
 use crate::{CareFd, Mutex, sys_write};
 use std::cell::Cell;
@@ -7,8 +7,8 @@ use std::fs::{File, OpenOptions};
 use std::io::{self, Write};
 use std::os::fd::{AsRawFd, OwnedFd, RawFd};
 use std::path::Path;
-use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering::Relaxed};
+use std::sync::{Arc, PoisonError};
 
 /// Where a logger writes.
 ///
@@ -59,8 +59,10 @@ impl Output {
     }
 
     fn on(file: CareFd<File>) -> Output {
-        let most = if sys_write::is_regular(file.as_raw_fd()) { usize::MAX } else { libc::PIPE_BUF };
-        Output(Sink::File { file, most, cut: AtomicBool::new(false) })
+        let fd = file.as_raw_fd();
+        let most = if sys_write::is_regular(fd) { usize::MAX } else { libc::PIPE_BUF };
+        let one = (most == libc::PIPE_BUF && !sys_write::is_pipe(fd)).then(std::sync::Mutex::default);
+        Output(Sink::File { file, most, one, cut: AtomicBool::new(false) })
     }
 }
 
@@ -80,6 +82,9 @@ pub(super) enum Sink {
         file: CareFd<File>,
         /// What one write(2) takes in one piece.
         most: usize,
+        /// One thread at a time, where it may not: a socket or a terminal takes a part where there is no room for all. Std's, and no region, so
+        /// that no fork waits for the room: a child has no use for its parent's sink.
+        one: Option<std::sync::Mutex<()>>,
         /// The last thing written there ends in the middle of a line: the disk, or a socket, was full.
         cut: AtomicBool,
     },
@@ -131,9 +136,10 @@ impl Sink {
     pub(super) fn put(&self, lines: &[u8], hurried: bool) -> Result<(), Stopped> {
         match self {
             Sink::Stderr => put(libc::STDERR_FILENO, lines, hurried),
-            Sink::File { file, cut, .. } => {
+            Sink::File { file, one, cut, .. } => {
                 // In a child that pointed the log at it and cleaned up afterwards it is closed.
                 let Some(file) = file.get() else { return put(libc::STDERR_FILENO, lines, hurried) };
+                let _one = one.as_ref().map(|one| one.lock().unwrap_or_else(PoisonError::into_inner));
                 let fd = file.as_raw_fd();
                 if cut.load(Relaxed) && cut.swap(false, Relaxed) && put(fd, b"\n", hurried).is_err() {
                     cut.store(true, Relaxed);

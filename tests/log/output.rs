@@ -5,9 +5,10 @@ use crate::drive;
 use crate::logs::{Scratch, standard_error_to};
 use crate::{By, drained, full_pipe, in_both, limit_files, log_by, lost, numbered};
 use carefork::log::{self, Builder, Logger, Output};
-use std::io::{self, Write};
-use std::os::fd::AsRawFd;
+use std::io::{self, Read, Write};
+use std::os::fd::{AsRawFd, FromRawFd, OwnedFd};
 use std::sync::{Arc, Mutex, OnceLock};
+use std::time::Duration;
 
 #[test]
 fn a_long_line_goes_to_a_pipe_in_pieces_and_to_a_file_in_one() {
@@ -59,6 +60,71 @@ fn a_non_blocking_pipe_is_waited_for() {
             assert_eq!(numbered(&reader.join().expect("no panic")), [0, 1, 2]);
         }
     });
+}
+
+/// Threads that log to a socket and to a non-blocking terminal: no line has another's in it.
+#[test]
+fn no_line_is_torn_on_sockets_and_terminals() {
+    isolated("output::no_line_is_torn_on_sockets_and_terminals", 100, || {
+        let listener = std::net::TcpListener::bind("127.0.0.1:0").expect("bound");
+        let client = std::net::TcpStream::connect(listener.local_addr().expect("bound")).expect("connected");
+        let (server, _) = listener.accept().expect("accepted");
+        let (ours, theirs) = terminal();
+        let pairs = [("tcp", OwnedFd::from(client), OwnedFd::from(server)), ("non-blocking terminal", theirs, ours)];
+        let torn = pairs.map(|(what, to, from)| (what, torn(to, from.into())));
+        assert_eq!(torn, [("tcp", 0), ("non-blocking terminal", 0)]);
+    });
+}
+
+/// Both sides of a raw terminal; the second is non-blocking.
+fn terminal() -> (OwnedFd, OwnedFd) {
+    let (mut ours, mut theirs) = (-1, -1);
+    let none = std::ptr::null_mut();
+    // SAFETY: both are live; no name, settings or size is given.
+    assert_eq!(unsafe { libc::openpty(&raw mut ours, &raw mut theirs, none, none.cast(), none.cast()) }, 0);
+    // SAFETY: termios is plain data.
+    let mut settings: libc::termios = unsafe { std::mem::zeroed() };
+    // SAFETY: `settings` is live.
+    assert_eq!(unsafe { libc::tcgetattr(theirs, &raw mut settings) }, 0);
+    // SAFETY: as above.
+    unsafe { libc::cfmakeraw(&raw mut settings) };
+    // SAFETY: as above.
+    assert_eq!(unsafe { libc::tcsetattr(theirs, libc::TCSANOW, &raw const settings) }, 0);
+    // SAFETY: integers only.
+    assert_eq!(unsafe { libc::fcntl(theirs, libc::F_SETFL, libc::O_NONBLOCK) }, 0);
+    // SAFETY: openpty just gave us each of them.
+    let own = |fd| unsafe { OwnedFd::from_raw_fd(fd) };
+    (own(ours), own(theirs))
+}
+
+/// How many of the lines that eight threads log are not as they were logged.
+fn torn(to: OwnedFd, mut from: std::fs::File) -> usize {
+    let logger = Builder::new().output(Output::fd(to).expect("a descriptor")).build();
+    let reader = std::thread::spawn(move || {
+        let (mut text, mut page) = (Vec::new(), [0; 1000]);
+        // A terminal's end is an error.
+        while let Ok(n @ 1..) = from.read(&mut page) {
+            text.extend_from_slice(&page[..n]);
+            if text.len() % 64_000 < n {
+                std::thread::sleep(Duration::from_micros(100));
+            }
+        }
+        String::from_utf8_lossy(&text).into_owned()
+    });
+    std::thread::scope(|s| {
+        for letter in ["a", "b", "c", "d", "e", "f", "g", "h"] {
+            let logger = &logger;
+            s.spawn(move || (0..1000).for_each(|_| log_by(logger, &letter.repeat(3000))));
+        }
+    });
+    drop(logger);
+    let text = reader.join().expect("no panic");
+    let is_whole = |line: &&str| {
+        let message = line.rsplit_once("storm: ").map_or("", |(_, message)| message);
+        line.matches("storm: ").count() == 1 && message.len() == 3000 && message == message[..1].repeat(3000)
+    };
+    assert!(text.lines().count() >= 8000);
+    text.lines().count() - text.lines().filter(is_whole).count()
 }
 
 /// The disk takes a part of a line, then nothing, then everything again: the torn line is a line by itself, and what was lost is told.
