@@ -164,10 +164,11 @@ impl ::log::Log for Logger {
 
     fn log(&self, record: &::log::Record<'_>) {
         let inner = &*self.inner;
+        // A filter by text formats the record.
+        let before = fork_generation();
         if !inner.filter.matches(record) {
             return;
         }
-        let before = fork_generation();
         line::with_buffer(|line| {
             let head = inner.style.line(line, before != inner.home, record);
             // What a record's own `Display` forked is the parent's to write.
@@ -419,7 +420,8 @@ impl fmt::Display for NoLogger {
 
 impl std::error::Error for NoLogger {}
 
-/// One record that somebody else formats, tracing-subscriber's `fmt` for example: written as a whole when dropped.
+/// One record that somebody else formats, tracing-subscriber's `fmt` for example: written as a whole when dropped, by the process that
+/// began it.
 #[cfg(feature = "tracing")]
 #[derive(Debug)]
 pub struct RecordWriter<'a> {

@@ -64,7 +64,8 @@
 //! # Limits
 //! - A child of a fork that went ahead dirty, or of `_Fork`, may find the logger's own state held by a thread that is gone: then it writes to fd 2 as
 //!   above, and [`set_output`] panics.
-//! - A record whose arguments fork while they are formatted (a `Display` that forks) is the parent's.
+//! - A record whose arguments fork while they are formatted (a `Display` that forks) is the parent's. An event of tracing's is both's:
+//!   tracing-subscriber's `fmt` asks for the writer when it has formatted, so the child, too, writes it, marked.
 //! - Not for signal handlers: formatting allocates.
 //! - The structured fields of `log`'s feature `kv` are not written.
 

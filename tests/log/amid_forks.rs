@@ -1,44 +1,124 @@
 //! Logging in the middle of a fork: in hooks, at a shut gate, by a record that forks.
 
-use crate::common::{self, isolated};
-use crate::drive::{self, Kind};
+use crate::common::{isolated, raw};
+use crate::drive::{self, BOTH, Kind};
 use crate::logs::{Scratch, by_pid, standard_error_to};
-use crate::{ends_well, in_both, log_by, numbered};
-use carefork::log::{Builder, Output};
+use crate::{ends_well, in_both, log_by, logger_of, messages, numbered};
+use carefork::log::{Builder, Logger, Output};
+use carefork::{Fork, ForkOptions};
+use std::cell::Cell;
+use std::fmt;
+use std::io::Write;
 use std::sync::Mutex;
 use std::thread;
+use tracing_subscriber::fmt::MakeWriter;
 
-/// A `Display` that forks: the record is the parent's.
-#[test]
-fn a_record_whose_arguments_fork_is_the_parents() {
-    struct Forks;
-    impl std::fmt::Display for Forks {
-        fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-            // SAFETY: the child goes on for the rest of one record, and ends.
-            let pid = unsafe { libc::fork() };
-            f.write_str(if pid == 0 { "child" } else { "parent" })
-        }
+/// Forks and goes on in both; the child's number, 0 in the child.
+fn split(kind: Kind) -> i32 {
+    drive::freeze();
+    match kind {
+        // SAFETY: the child uses what is the log's only, and ends.
+        Kind::Foreign => unsafe { libc::fork() },
+        // SAFETY: as above.
+        Kind::Coordinated => match unsafe { ForkOptions::new().timeout_never().fork() }.expect("a child") {
+            Fork::Parent(child) => i32::try_from(child.into_id()).expect("a pid"),
+            Fork::Child(token) => {
+                std::mem::forget(token);
+                0
+            }
+        },
     }
-    isolated("amid_forks::a_record_whose_arguments_fork_is_the_parents", 60, || {
-        let (file, error) = (Scratch::new("parent"), Scratch::new("error"));
-        let _redirected = standard_error_to(&error);
-        let logger = Builder::new().output(Output::file(&file.0).expect("a file")).build();
-        let before = carefork::fork_generation();
-        log_by(&logger, &Forks.to_string());
-        let log = |what: &dyn std::fmt::Display| {
-            let arguments = format_args!("{what}");
-            ::log::Log::log(&logger, &::log::Record::builder().args(arguments).build());
-        };
-        if carefork::fork_generation() == before {
-            log(&Forks);
+}
+
+/// Forks in the middle of its text, the first `times` times that it is formatted.
+struct Forks {
+    kind: Kind,
+    times: Cell<u32>,
+    child: Cell<i32>,
+}
+
+impl Forks {
+    fn new(kind: Kind, times: u32) -> Forks {
+        Forks { kind, times: Cell::new(times), child: Cell::new(-1) }
+    }
+}
+
+impl fmt::Display for Forks {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str("first half,")?;
+        if self.times.get() > 0 {
+            self.times.set(self.times.get() - 1);
+            self.child.set(split(self.kind));
         }
-        if carefork::fork_generation() != before {
-            common::raw::exit_now(0);
+        f.write_str(" second half")
+    }
+}
+
+/// Runs `record` with a value that forks: the record is there once, whole, of the parent; what the child logs next goes to fd 2.
+#[track_caller]
+fn is_the_parents_alone(kind: Kind, logger: &Logger, file: &Scratch, record: impl Fn(&Forks)) {
+    let error = Scratch::new("error");
+    let redirected = standard_error_to(&error);
+    let forks = Forks::new(kind, 1);
+    record(&forks);
+    if forks.child.get() == 0 {
+        log_by(logger, "the child goes on");
+        raw::exit_now(0);
+    }
+    ends_well(forks.child.get());
+    logger.flush();
+    drop(redirected);
+    assert_eq!(messages(&file.text()), ["first half, second half"], "{kind:?}");
+    assert_eq!(messages(&error.text()), ["the child goes on"], "{kind:?}");
+    assert_eq!(by_pid(&error.text()).into_keys().collect::<Vec<_>>(), [forks.child.get() as u32]);
+}
+
+#[test]
+fn a_record_that_forks_half_way_is_the_parents() {
+    isolated("amid_forks::a_record_that_forks_half_way_is_the_parents", 60, || {
+        for kind in BOTH {
+            for n in 0..4 {
+                let file = Scratch::new("half");
+                let logger = logger_of(&file, n);
+                is_the_parents_alone(kind, &logger, &file, |forks| {
+                    let builder = &mut ::log::Record::builder();
+                    ::log::Log::log(&logger, &builder.level(::log::Level::Info).args(format_args!("{forks}")).build());
+                });
+            }
         }
-        // SAFETY: no status is asked for.
-        while unsafe { libc::wait(std::ptr::null_mut()) } > 0 {}
-        let ends: Vec<_> = file.text().lines().map(|l| l.rsplit(": ").next().map(str::to_owned)).collect();
-        assert_eq!(ends, [Some("parent".to_owned()), Some("parent".to_owned())], "{}", file.text());
+    });
+}
+
+/// A filter by text formats the record first, to see whether it fits.
+#[test]
+fn a_record_that_forks_in_a_filter_by_text_is_the_parents() {
+    isolated("amid_forks::a_record_that_forks_in_a_filter_by_text_is_the_parents", 60, || {
+        for kind in BOTH {
+            let file = Scratch::new("filter");
+            let builder = Builder::new().filters("info/on").expect("a filter");
+            let logger = builder.output(Output::file(&file.0).expect("a file")).build();
+            is_the_parents_alone(kind, &logger, &file, |forks| {
+                let builder = &mut ::log::Record::builder();
+                ::log::Log::log(&logger, &builder.level(::log::Level::Info).args(format_args!("{forks}")).build());
+            });
+        }
+    });
+}
+
+/// What somebody writes piece by piece into a `RecordWriter`, with a fork between two pieces.
+#[test]
+fn a_record_writer_that_forks_half_way_is_the_parents() {
+    isolated("amid_forks::a_record_writer_that_forks_half_way_is_the_parents", 60, || {
+        for kind in BOTH {
+            for n in 0..4 {
+                let file = Scratch::new("pieces");
+                let logger = logger_of(&file, n);
+                is_the_parents_alone(kind, &logger, &file, |forks| {
+                    let mut writer = logger.make_writer();
+                    writeln!(writer, "head: {forks}").expect("into memory");
+                });
+            }
+        }
     });
 }
 

@@ -1,10 +1,11 @@
 //! What a child keeps of the log, and where it writes.
 
 use crate::common::{self, check, isolated, isolated_with, thread_count};
-use crate::drive::{self, Kind};
+use crate::drive::{self, BOTH, Kind};
 use crate::logs::{Scratch, by_pid, fork_then, noexec, standard_error_to, storm};
-use crate::{assert_whole, ends_well, in_both, log_by, numbered};
+use crate::{assert_whole, ends_well, in_both, log_by, logger_of, messages, numbered};
 use carefork::log::{Builder, Output};
+use std::os::fd::AsRawFd;
 use std::time::Duration;
 
 #[test]
@@ -198,4 +199,53 @@ fn a_child_that_nobody_told_goes_to_fd_2() {
     let mut setup = common::Setup::default();
     setup.env.push(("CAREFORK".into(), "off".into()));
     isolated_with("child::a_child_that_nobody_told_goes_to_fd_2", 60, setup, check_it);
+}
+
+/// The numbers that lead to that file.
+fn leading_to(file: &Scratch) -> Vec<i32> {
+    let open = std::fs::read_dir("/proc/self/fd").expect("/proc").map(|entry| entry.expect("/proc").path());
+    let open = open.filter(|link| std::fs::read_link(link).is_ok_and(|to| to == file.0));
+    open.map(|link| link.file_name().and_then(|n| n.to_str()?.parse().ok()).expect("a number")).collect()
+}
+
+/// Closed by the clean-up, and by nothing else; the child's records go to fd 2, also once the number is somebody else's.
+#[test]
+fn a_child_that_has_cleaned_up_has_not_its_parents_log_open() {
+    isolated("child::a_child_that_has_cleaned_up_has_not_its_parents_log_open", 60, || {
+        for n in 0..2 {
+            for kind in BOTH {
+                for clean_up in [true, false] {
+                    let (file, error, other) = (Scratch::new("closed"), Scratch::new("error"), Scratch::new("other"));
+                    let redirected = standard_error_to(&error);
+                    let logger = logger_of(&file, n);
+                    log_by(&logger, "of the parent");
+                    logger.flush();
+                    let [number] = leading_to(&file)[..] else { panic!("the log has one descriptor") };
+                    ends_well(fork_then(kind, clean_up, || {
+                        check(1, leading_to(&file).is_empty() == clean_up);
+                        // SAFETY: integers only.
+                        let is_open = unsafe { libc::fcntl(number, libc::F_GETFD) } != -1;
+                        check(2, is_open != clean_up);
+                        let taken = other.append();
+                        if clean_up {
+                            // SAFETY: a number that nobody has, or `taken` itself.
+                            unsafe { libc::dup2(taken.as_raw_fd(), number) };
+                        }
+                        log_by(&logger, "of the child");
+                        logger.flush();
+                        drop(taken);
+                        0
+                    }));
+                    log_by(&logger, "again");
+                    logger.flush();
+                    drop(redirected);
+                    assert_eq!(leading_to(&file), [number], "the parent's is its own");
+                    assert_eq!(messages(&file.text()), ["of the parent", "again"]);
+                    assert_eq!(messages(&error.text()), ["of the child"]);
+                    assert_eq!(by_pid(&error.text()).len(), 1);
+                    assert_eq!(other.text(), "");
+                }
+            }
+        }
+    });
 }

@@ -1,12 +1,12 @@
 //! `flush`, and what is written when a process, a logger or a thread ends.
 
-use crate::common::{Verdict, isolated, reap};
+use crate::common::{Verdict, isolated, raw, reap};
 use crate::drive::{self, BOTH, Kind, SOON};
-use crate::logs::{Scratch, noexec, numbers};
+use crate::logs::{Scratch, by_pid, noexec, numbers, standard_error_to};
 use crate::{By, drained, ends_well, full_pipe, in_both, log_by, numbered};
 use carefork::log::{self, Builder, Logger, Output, WhenFull};
 use std::io::{Read, Write};
-use std::sync::atomic::{AtomicU64, Ordering::SeqCst};
+use std::sync::atomic::{AtomicBool, AtomicI32, AtomicU64, Ordering::SeqCst};
 use std::thread;
 
 /// Killed at any moment: each record at most once, in order, and all that `flush` answered for.
@@ -15,7 +15,7 @@ fn killed() {
     isolated("ends::killed", 200, || {
         for round in 0..200 {
             let file = Scratch::new(&format!("killed-{round}"));
-            let shared = shared();
+            let shared = shared::<AtomicU64>();
             let background = round % 4;
             let pid = noexec(BOTH[round % 2], || {
                 let builder = Builder::new().output(Output::file(&file.0).expect("a file"));
@@ -48,12 +48,13 @@ fn killed() {
     });
 }
 
-fn shared() -> &'static AtomicU64 {
+/// Zeroes that a child shares. Its type has no value that zeroes are not.
+fn shared<T>() -> &'static T {
     let (read_write, kind) = (libc::PROT_READ | libc::PROT_WRITE, libc::MAP_SHARED | libc::MAP_ANONYMOUS);
     // SAFETY: a fresh mapping at an address of the kernel's choice.
-    let page = unsafe { libc::mmap(std::ptr::null_mut(), 8, read_write, kind, -1, 0) };
+    let page = unsafe { libc::mmap(std::ptr::null_mut(), size_of::<T>(), read_write, kind, -1, 0) };
     assert_ne!(page, libc::MAP_FAILED);
-    // SAFETY: eight zeroed bytes at the start of a page that is never unmapped.
+    // SAFETY: zeroed bytes, which are values of the types it is used for, on a page that is never unmapped.
     unsafe { &*page.cast() }
 }
 
@@ -222,4 +223,98 @@ fn a_thread_local_may_log_when_it_is_dropped() {
     };
     thread::spawn(body).join().expect("no panic");
     assert_eq!(numbered(&file.text()), [0, 1]);
+}
+
+/// What processes say to each other.
+struct Shared {
+    flushed: AtomicU64,
+    /// The child, once it is there.
+    child: AtomicI32,
+    killed: AtomicBool,
+}
+
+/// Logs and flushes now and then, with a thread that logs beside it; forks after some of it, and goes on until it is killed.
+fn parent(kind: Kind, file: &Scratch, own: &Scratch, round: usize, shared: &Shared) -> i32 {
+    let builder = Builder::new().output(Output::file(&file.0).expect("a file"));
+    let logger = match round / 2 % 4 {
+        0 => builder.build(),
+        1 => builder.background(1).build(),
+        2 => builder.background(64).build(),
+        _ => builder.background(8).when_full(WhenFull::GrowTo(100_000)).build(),
+    };
+    let fork_at = 60 + 10 * (round as u64 % 7);
+    thread::scope(|s| {
+        // Its record, or its wait for room in the queue, is what a fork finds in the middle.
+        let beside = logger.clone();
+        s.spawn(move || {
+            for n in 0.. {
+                log_by(&beside, &format!("record 1 {n}"));
+            }
+        });
+        for n in 0.. {
+            log_by(&logger, &format!("record 0 {n}"));
+            if n % 50 == 49 {
+                logger.flush();
+                shared.flushed.store(n + 1, SeqCst);
+            }
+            if n == fork_at {
+                noexec(kind, || child(&logger, own, shared));
+            }
+        }
+    });
+    1
+}
+
+/// Logs while its parent lives, and when it is dead: to fd 2, then to a file of its own.
+fn child(logger: &Logger, own: &Scratch, shared: &Shared) -> i32 {
+    (0..20).for_each(|n| log_by(logger, &format!("child 0 {n}")));
+    shared.child.store(raw::getpid(), SeqCst);
+    drive::until(|| shared.killed.load(SeqCst));
+    (20..40).for_each(|n| log_by(logger, &format!("child 0 {n}")));
+    logger.flush();
+    logger.set_output(Output::file(&own.0).expect("a file"));
+    (0..40).for_each(|n| log_by(logger, &format!("child 0 {n}")));
+    logger.flush();
+    0
+}
+
+#[test]
+fn a_parent_is_killed_right_after_a_fork_and_its_child_logs_on() {
+    isolated("ends::a_parent_is_killed_right_after_a_fork_and_its_child_logs_on", 200, || {
+        // Orphans come to this process.
+        // SAFETY: this option takes a number.
+        assert_eq!(unsafe { libc::prctl(libc::PR_SET_CHILD_SUBREAPER, 1) }, 0);
+        for round in 0..80 {
+            let (file, error, own) = (Scratch::new("killed"), Scratch::new("error"), Scratch::new("own"));
+            let redirected = standard_error_to(&error);
+            let (shared, kind) = (shared::<Shared>(), BOTH[round % 2]);
+            let pid = noexec(Kind::Foreign, || parent(kind, &file, &own, round, shared));
+            drive::until(|| shared.child.load(SeqCst) != 0);
+            // SAFETY: our own child.
+            unsafe { libc::kill(pid, libc::SIGKILL) };
+            assert_eq!(reap(pid, SOON), Verdict::Signaled(libc::SIGKILL));
+            let text = file.text();
+            shared.killed.store(true, SeqCst);
+            ends_well(shared.child.load(SeqCst));
+            drop(redirected);
+
+            assert_eq!(file.text(), text, "round {round}: the child wrote its parent's records");
+            let whole = text.rsplit_once('\n').map_or("", |(whole, _)| whole);
+            let mut next = [0; 2];
+            for line in whole.lines() {
+                let (thread, n) = numbers(line, "storm: record").expect("a record of the parent's");
+                assert_eq!(n, next[thread], "round {round}: lost, doubled or out of order");
+                next[thread] += 1;
+            }
+            assert!(next[0] >= shared.flushed.load(SeqCst), "round {round}: flush had answered for more than {next:?}");
+            for text in [error.text(), own.text()] {
+                let found: Vec<u64> = text
+                    .lines()
+                    .map(|line| numbers(line, "storm: child").expect("a record of the child's").1)
+                    .collect();
+                assert_eq!(found, (0..40).collect::<Vec<_>>(), "round {round}");
+                assert_eq!(by_pid(&text).into_keys().collect::<Vec<_>>(), [shared.child.load(SeqCst) as u32]);
+            }
+        }
+    });
 }

@@ -18,10 +18,10 @@ mod once;
 mod output;
 mod settings;
 
-use carefork::log::Logger;
+use carefork::log::{Builder, Logger, Output};
 use common::{Verdict, reap};
 use drive::{BOTH, SOON};
-use logs::{noexec, numbers};
+use logs::{Scratch, noexec, numbers};
 use std::io::{self, Read, Write};
 use std::os::fd::AsRawFd;
 use std::thread;
@@ -50,6 +50,22 @@ fn assert_whole(line: &str) {
     let rest = parts.next().expect("more than that").trim_start();
     assert!(rest.starts_with('['), "{line:?}");
     assert!(rest.contains("] storm: "), "{line:?}");
+}
+
+/// A logger of each kind, four of them: to a file, and to a writer, which is one too.
+fn logger_of(file: &Scratch, n: usize) -> Logger {
+    let builder = Builder::new();
+    match n {
+        0 => builder.output(Output::file(&file.0).expect("a file")).build(),
+        1 => builder.output(Output::file(&file.0).expect("a file")).background(8).build(),
+        2 => builder.output(Output::writer(file.append())).build(),
+        _ => builder.output(Output::writer(file.append())).background(1).build(),
+    }
+}
+
+/// What comes after the head of each line.
+fn messages(text: &str) -> Vec<&str> {
+    text.lines().map(|line| line.rsplit_once(": ").expect("a head").1).collect()
 }
 
 /// A writer that is what its function makes of a line.

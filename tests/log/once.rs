@@ -2,10 +2,12 @@
 
 use crate::common::isolated;
 use crate::drive::BOTH;
-use crate::logs::{Scratch, assert_each_once, fork_then, numbers, standard_error_to, storm_of};
-use crate::{assert_whole, log_by, numbered};
-use carefork::log::{self, Builder, Output};
+use crate::logs::{Scratch, assert_each_once, fork_then, noexec, numbers, standard_error_to, storm_of};
+use crate::{assert_whole, ends_well, log_by, numbered};
+use carefork::log::{self, Builder, Logger, Output};
 use std::collections::BTreeMap;
+use std::io::{self, Read};
+use std::os::fd::AsRawFd;
 use std::thread;
 use std::time::Duration;
 
@@ -119,4 +121,70 @@ fn two_loggers_do_not_mix() {
     }
     assert_eq!(numbered(&files[0].text()), [0, 2, 4, 6, 8]);
     assert_eq!(numbered(&files[1].text()), [1, 3, 5, 7, 9]);
+}
+
+/// `count` records of all lengths that a pipe takes in one piece, each of one letter.
+fn write_batches(logger: &Logger, letter: &str, count: u64) {
+    for n in 0..count {
+        let long = if n % 16 == 0 { libc::PIPE_BUF - 200 } else { n as usize * 37 % 600 };
+        log_by(logger, &format!("{} {letter} 0 {n}", letter.repeat(long)));
+    }
+    logger.flush();
+}
+
+/// Parent and child write batches to one pipe: no line has anything of another's in it, and each process's are there in their order.
+#[test]
+fn two_processes_tear_no_line_of_a_pipe() {
+    const COUNT: u64 = 4000;
+    isolated("once::two_processes_tear_no_line_of_a_pipe", 120, || {
+        for kind in BOTH {
+            for (nonblocking, background) in [(false, true), (true, true), (false, false), (true, false)] {
+                let (mut from, to) = io::pipe().expect("a pipe");
+                if nonblocking {
+                    // SAFETY: flags of a pipe of ours.
+                    assert_eq!(unsafe { libc::fcntl(to.as_raw_fd(), libc::F_SETFL, libc::O_NONBLOCK) }, 0);
+                }
+                let theirs = to.try_clone().expect("a descriptor");
+                let builder = if background { Builder::new().background(256) } else { Builder::new() };
+                let logger = builder.output(Output::fd(to).expect("a pipe")).build();
+                log_by(&logger, "p begin 0 0");
+                let pid = noexec(kind, || {
+                    logger.set_output(Output::fd(theirs.try_clone().expect("a descriptor")).expect("a pipe"));
+                    write_batches(&logger, "c", COUNT);
+                    0
+                });
+                drop(theirs);
+                // Slower than those who write: they find the pipe full, and the queues fill.
+                let reader = thread::spawn(move || {
+                    let (mut text, mut page) = (Vec::new(), [0; 8192]);
+                    loop {
+                        match from.read(&mut page).expect("a pipe") {
+                            0 => return String::from_utf8(text).expect("text"),
+                            n => text.extend_from_slice(&page[..n]),
+                        }
+                        thread::sleep(Duration::from_micros(20));
+                    }
+                });
+                write_batches(&logger, "p", COUNT);
+                ends_well(pid);
+                drop(logger);
+                let text = reader.join().expect("no panic");
+                let mut next = [0; 2];
+                for line in text.lines().filter(|line| !line.ends_with("p begin 0 0")) {
+                    let message = line.rsplit_once("storm: ").expect("a whole line").1;
+                    assert_eq!(line.matches("storm: ").count(), 1, "{line:?}");
+                    let at = usize::from(message.contains(" c 0 "));
+                    let letter = ["p", "c"][at];
+                    let n =
+                        message.rsplit_once(" 0 ").and_then(|(_, n)| n.parse::<u64>().ok()).expect("a whole record");
+                    assert_eq!(n, next[at], "lost, doubled or out of order: {line:?}");
+                    let rest = message.strip_suffix(&format!(" {letter} 0 {n}")).expect("the end of a record");
+                    assert_eq!(rest.matches(letter).count(), rest.len(), "torn: {line:?}");
+                    assert_eq!(line.contains("[pid "), at == 1, "{line:?}");
+                    next[at] += 1;
+                }
+                assert_eq!(next, [COUNT; 2], "{kind:?}, nonblocking {nonblocking}, background {background}");
+            }
+        }
+    });
 }
