@@ -305,7 +305,7 @@ impl Here {
     ) -> Arc<Here> {
         let queue = background.map(|(capacity, when_full)| {
             let (sink, style, losses) = (Arc::clone(&sink), Arc::clone(style), Arc::clone(&losses));
-            let worker = Worker { sink, style, mark, losses, shared: Arc::default() };
+            let worker = Worker { sink, style, mark, losses, shared: Arc::default(), generation: fork_generation() };
             Arc::new(Queue::new(capacity, when_full, worker))
         });
         Arc::new(Here { sink, queue, losses })

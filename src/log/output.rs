@@ -53,7 +53,8 @@ impl Output {
     /// is stuck for longer than a fork's budget makes it fail. Flushed by [`flush`](crate::log::flush) and by the end of the process, by a
     /// background thread also whenever its queue is empty.
     ///
-    /// No child ever calls it, flushes it or drops it. What it logs itself goes to fd 2.
+    /// No child ever calls it, flushes it or drops it; a child that it forks itself on a background thread, and returns in, ends there with exit
+    /// code 101. What it logs itself goes to fd 2.
     pub fn writer(writer: impl Write + Send + 'static) -> Output {
         Output(Sink::Writer(Mutex::new(Box::new(writer))))
     }

@@ -6,7 +6,7 @@
 use super::builder::WhenFull;
 use super::line::Style;
 use super::output::{Sink, Stopped};
-use crate::{Mutex, OnceLock, sys_signals};
+use crate::{Mutex, OnceLock, runtime, sys, sys_signals};
 use crossbeam_channel::{Receiver, RecvTimeoutError, SendTimeoutError, Sender, bounded, unbounded};
 use std::cell::Cell;
 use std::collections::VecDeque;
@@ -250,6 +250,7 @@ pub(super) struct Worker {
     pub(super) mark: bool,
     pub(super) losses: Arc<Losses>,
     pub(super) shared: Arc<Shared>,
+    pub(super) generation: u64,
 }
 
 /// So much is gathered for one write(2).
@@ -348,7 +349,9 @@ impl Worker {
 
     /// Whether it went well. A writer that panics loses its record, not the thread.
     fn caught(&self, records: u64, f: impl FnOnce() -> Result<(), Stopped>) -> bool {
-        let why = match catch_unwind(AssertUnwindSafe(f)) {
+        let went = catch_unwind(AssertUnwindSafe(f));
+        self.check_process();
+        let why = match went {
             Ok(Ok(())) => return true,
             Ok(Err(stopped)) => stopped.why,
             Err(payload) => {
@@ -360,6 +363,14 @@ impl Worker {
         };
         self.losses.failed(records, &why);
         false
+    }
+
+    /// The copy of this thread in a child that the writer forked must not go on: the records are the parent's.
+    fn check_process(&self) {
+        if runtime::generation() != self.generation {
+            sys::say(b"carefork: log: the writer forked and returned in the child, which ends here\n");
+            sys::exit_now(101)
+        }
     }
 }
 

@@ -1,7 +1,7 @@
 //! Outputs that are slow, full, buffered, turned away from, or misbehave.
 
-use crate::common::{self, isolated, thread_count};
-use crate::drive;
+use crate::common::{self, Verdict, isolated, reap, thread_count};
+use crate::drive::{self, SOON};
 use crate::logs::{Scratch, standard_error_to};
 use crate::{By, drained, full_pipe, in_both, limit_files, log_by, lost, numbered};
 use carefork::log::{self, Builder, Logger, Output};
@@ -296,6 +296,35 @@ fn a_writer_may_drop_the_last_handle() {
         give.send(logger).expect("the writer waits");
         drive::until(|| thread_count() == before);
         assert_eq!(numbered(&file.text()), [0, 1, 2, 3]);
+    });
+}
+
+/// A child of the log's thread writes nothing of its parent's.
+#[test]
+fn a_writer_that_forks_writes_nothing_twice() {
+    isolated("output::a_writer_that_forks_writes_nothing_twice", 30, || {
+        let (file, error) = (Scratch::new("forks"), Scratch::new("error"));
+        let _redirected = standard_error_to(&error);
+        let (mut to, mut forked, (tell, told)) = (file.append(), false, std::sync::mpsc::channel());
+        let output = Output::writer(By(move |bytes: &[u8]| {
+            if !std::mem::replace(&mut forked, true) {
+                // Records queue up behind this one.
+                drive::a_while();
+                // SAFETY: the child returns, and that is the end of it.
+                match unsafe { libc::fork() } {
+                    0 => return Ok(bytes.len()),
+                    pid => tell.send(pid).expect("the test waits"),
+                }
+            }
+            to.write(bytes)
+        }));
+        let logger = Builder::new().output(output).background(40).build();
+        (0..10).for_each(|n| log_by(&logger, &format!("record 0 {n}")));
+        logger.flush();
+        let verdict = reap(told.recv().expect("a child"), SOON);
+        assert_eq!(numbered(&file.text()), (0..10).collect::<Vec<_>>());
+        assert_eq!(verdict, Verdict::Exited(101));
+        assert!(error.text().contains("the writer forked and returned in the child"), "{}", error.text());
     });
 }
 
