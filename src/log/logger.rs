@@ -97,22 +97,12 @@ impl Logger {
         if sink.is_writer() && INSTALLED.get().is_some_and(|logger| Arc::ptr_eq(&logger.inner, &self.inner)) {
             flush_at_the_end();
         }
-        let mut losses = Arc::default();
-        if inner.generation.load(Acquire) == now {
-            let here = inner.here();
-            if let Some(queue) = &here.queue
-                && queue.is_started()
-            {
-                queue.turn(Arc::clone(&sink));
-                // So that nothing but the thread, until it turns, keeps the old output open.
-                let (queue, losses) = (Some(Arc::clone(queue)), Arc::clone(&here.losses));
-                inner.replace(now, Arc::new(Here { sink, queue, losses }));
-                return;
-            }
-            losses = Arc::clone(&here.losses);
+        let Some(old) = inner.replace(now, &sink) else { return };
+        if let Some(queue) = old.queue.clone().filter(|queue| queue.may_start()) {
+            // Nothing but the thread, until it turns, is to keep the old output open.
+            drop(old);
+            queue.turn(sink);
         }
-        let background = inner.capacity.map(|n| (n, inner.when_full));
-        inner.replace(now, Here::new(sink, &inner.style, now != inner.home, background, losses));
     }
 
     /// Returns when every record that was logged before has been written, and an [`Output::writer`] was flushed. In a child that has
@@ -258,15 +248,32 @@ impl Inner {
         true
     }
 
-    fn replace(&self, now: u64, fresh: Arc<Here>) {
+    /// Points this process elsewhere: what it had before, unless that is its parent's. Decided under the lock, where another thread of a
+    /// fresh child may have been first.
+    fn replace(&self, now: u64, sink: &Arc<Sink>) -> Option<Arc<Here>> {
         let mut here = self.here.write();
+        let stale = self.generation.load(Acquire) != now;
+        let (queue, losses) = match &**here {
+            Here { queue, losses, .. } if !stale => (queue.clone(), Arc::clone(losses)),
+            _ => Default::default(),
+        };
+        let sink = Arc::clone(sink);
+        let fresh = match queue.filter(|queue| queue.may_start()) {
+            Some(queue) => Arc::new(Here { sink, queue: Some(queue), losses }),
+            None => {
+                let background = self.capacity.map(|n| (n, self.when_full));
+                Here::new(sink, &self.style, now != self.home, background, losses)
+            }
+        };
         let old = std::mem::replace(&mut *here, fresh);
         self.version.fetch_add(1, Release);
-        let stale = self.generation.swap(now, Release) != now;
+        self.generation.store(now, Release);
         drop(here);
         if stale {
             forget(old);
+            return None;
         }
+        Some(old)
     }
 }
 

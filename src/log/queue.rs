@@ -174,8 +174,27 @@ impl Queue {
         }
     }
 
+    /// Not if it could not.
+    pub(super) fn may_start(&self) -> bool {
+        self.started.get() != Some(&false)
+    }
+
     /// What is offered after this goes there. Waits for room, but for the thread itself (its writer turns the log): nobody else makes any.
     pub(super) fn turn(&self, sink: Arc<Sink>) {
+        if self.started.get().is_none() {
+            let mut waiting = self.worker.lock();
+            if let Some(worker) = &mut *waiting {
+                let old = std::mem::replace(&mut worker.sink, sink);
+                drop(waiting);
+                // Outside of the lock: a writer may end with words.
+                drop(old);
+                return;
+            }
+        }
+        // It may be starting this moment.
+        if !self.is_started() {
+            return;
+        }
         let turn = Message::Turn(sink);
         if OWN.get() != Arc::as_ptr(&self.shared) {
             return self.send(turn);

@@ -124,6 +124,50 @@ fn the_thread_comes_back_in_a_child_when_it_is_first_needed() {
     });
 }
 
+/// Nor by a turn before the first record.
+#[test]
+fn a_turn_starts_no_thread() {
+    isolated("child::a_turn_starts_no_thread", 60, || {
+        let (a, b) = (Scratch::new("a"), Scratch::new("b"));
+        let before = thread_count();
+        let logger = Builder::new().output(Output::file(&a.0).expect("a file")).background(8).build();
+        logger.set_output(Output::file(&b.0).expect("a file"));
+        assert_eq!(thread_count(), before, "nothing was logged yet");
+        log_by(&logger, "record 0 0");
+        logger.flush();
+        assert_eq!((thread_count(), numbered(&b.text())), (before + 1, vec![0]));
+    });
+}
+
+/// Two threads of a fresh child point the log at once: there is one queue behind it, and `flush` answers for what each has logged.
+#[test]
+fn two_threads_may_point_the_log_at_once() {
+    isolated("child::two_threads_may_point_the_log_at_once", 60, || {
+        let logger = Builder::new().background(100).build();
+        for round in 0..400 {
+            let files = [Scratch::new("a"), Scratch::new("b")];
+            ends_well(noexec(BOTH[round % 2], || {
+                let start = std::sync::Barrier::new(2);
+                let turn = |n: usize| {
+                    let output = Output::file(&files[n].0).expect("a file");
+                    start.wait();
+                    logger.set_output(output);
+                    log_by(&logger, &format!("record 0 {n}"));
+                    logger.flush();
+                };
+                std::thread::scope(|s| {
+                    s.spawn(|| turn(0));
+                    turn(1);
+                });
+                0
+            }));
+            let mut found: Vec<_> = files.iter().flat_map(|file| numbered(&file.text())).collect();
+            found.sort_unstable();
+            assert_eq!(found, [0, 1], "round {round}");
+        }
+    });
+}
+
 /// `TZ` is read once, before any fork, and by no libc function: children log right while the parent's threads are in `localtime_r`.
 #[test]
 fn time_stamps_are_right_in_a_child_and_take_no_libc_lock() {
