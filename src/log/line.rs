@@ -7,6 +7,7 @@ use jiff::tz::TimeZone;
 use std::cell::Cell;
 use std::fmt::{self, Write as _};
 use std::sync::atomic::{AtomicU32, Ordering::Relaxed};
+use std::thread::Thread;
 
 /// What a logger's lines have in common.
 #[derive(Debug)]
@@ -33,6 +34,8 @@ thread_local! {
     static SECOND: Cell<Second> = const { Cell::new(Second { style: 0, second: 0, text: [0; LENGTH] }) };
     /// The thread's buffer; empty while a record is being formatted, so that a `Display` that logs finds another.
     static BUFFER: Cell<Vec<u8>> = const { Cell::new(Vec::new()) };
+    /// std does not know the thread any more. No destructor.
+    static PAST: Cell<bool> = const { Cell::new(false) };
 }
 
 /// A buffer that grew past this is not kept.
@@ -143,11 +146,24 @@ pub(super) fn mark(line: &mut Vec<u8>) {
 }
 
 fn thread(line: &mut Vec<u8>) {
-    let thread = std::thread::current();
-    match thread.name() {
-        Some(name) => push(line, format_args!("{name}")),
-        None => push(line, format_args!("{:?}", thread.id())),
+    let thread = current();
+    match thread.as_ref().map(|thread| (thread.name(), thread.id())) {
+        Some((Some(name), _)) => push(line, format_args!("{name}")),
+        Some((None, id)) => push(line, format_args!("{id:?}")),
+        None => push(line, format_args!("tid {}", sys::gettid())),
     }
+}
+
+/// Not where the thread's own places are gone: std panics when it is asked in the destructor of a key of pthread's.
+fn current() -> Option<Thread> {
+    // Where the thread has not logged before nothing tells but the panic: once, as the mark stays. It is there meanwhile because a panic
+    // hook may log.
+    if BUFFER.try_with(|_| ()).is_err() || PAST.replace(true) {
+        return None;
+    }
+    let thread = std::panic::catch_unwind(std::thread::current).ok();
+    PAST.set(thread.is_none());
+    thread
 }
 
 /// Text without control characters: what is written through it cannot end the line, nor talk to a terminal.

@@ -14,7 +14,8 @@
 //! 2026-11-21T07:03:12.345901+01:00 INFO  [pid 4711 main] worker: begins
 //! ```
 //!
-//! Control characters in a message are escaped (`\n`, `\u{1b}`), so no message can end its line. The second line is from a child.
+//! Control characters in a message are escaped (`\n`, `\u{1b}`), so no message can end its line. The second line is from a child. A thread
+//! whose thread-locals are gone has its number for a name (`tid 4712`).
 //!
 //! # Who may write where
 //!

@@ -225,6 +225,44 @@ fn a_thread_local_may_log_when_it_is_dropped() {
     assert_eq!(numbered(&file.text()), [0, 1]);
 }
 
+/// A destructor of pthread_setspecific's, which runs when Rust's thread-locals are gone: on a thread that has logged before, and on one that has not.
+#[test]
+fn a_key_of_pthreads_may_log_at_its_threads_end() {
+    extern "C" fn last(_: *mut libc::c_void) {
+        ::log::info!(target: "storm", "record 0 1");
+        ::log::info!(target: "storm", "record 0 2");
+    }
+    isolated("ends::a_key_of_pthreads_may_log_at_its_threads_end", 30, || {
+        for before in [true, false] {
+            let file = Scratch::new("key");
+            ends_well(noexec(Kind::Foreign, || {
+                let output = Output::file(&file.0).expect("a file");
+                Builder::new().output(output).init().expect("the first logger");
+                let mut key = 0;
+                // SAFETY: `key` is live, the destructor logs.
+                assert_eq!(unsafe { libc::pthread_key_create(&raw mut key, Some(last)) }, 0);
+                let body = move || {
+                    if before {
+                        ::log::info!(target: "storm", "record 0 0");
+                    }
+                    // SAFETY: never dereferenced.
+                    assert_eq!(unsafe { libc::pthread_setspecific(key, std::ptr::dangling()) }, 0);
+                };
+                thread::Builder::new()
+                    .name("named".to_owned())
+                    .spawn(body)
+                    .expect("a thread")
+                    .join()
+                    .expect("no panic");
+                0
+            }));
+            let text = file.text();
+            assert_eq!(numbered(&text), (u64::from(!before)..3).collect::<Vec<_>>());
+            assert_eq!((text.matches("[named] ").count(), text.matches("[tid ").count()), (usize::from(before), 2));
+        }
+    });
+}
+
 /// What processes say to each other.
 struct Shared {
     flushed: AtomicU64,
