@@ -3,10 +3,11 @@
 use super::builder::WhenFull;
 use super::line::{self, Style};
 use super::output::{self, Output, Sink};
-use super::queue::{Losses, Queue, Worker};
+use super::queue::{self, Losses, Queue, Worker};
 use crate::{OnceLock, RwLock, fork_generation};
 use std::cell::RefCell;
 use std::fmt;
+use std::panic::{AssertUnwindSafe, catch_unwind, resume_unwind};
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering::Acquire, Ordering::Relaxed, Ordering::Release};
 use std::sync::{Arc, Weak};
 
@@ -102,6 +103,8 @@ impl Logger {
             // Nothing but the thread, until it turns, is to keep the old output open.
             drop(old);
             queue.turn(sink);
+        } else if !output::inside() {
+            old.flush();
         }
     }
 
@@ -205,9 +208,7 @@ impl Inner {
             Some(queue) if queue.was_started() => flush(queue),
             _ => {
                 here.losses.tell(&here.sink, &self.style, self.generation.load(Acquire) != self.home, self.hurried());
-                if let Err(e) = here.sink.flush() {
-                    here.losses.failed(0, &e);
-                }
+                here.flush();
             }
         }
     }
@@ -319,9 +320,19 @@ impl Here {
     }
 
     fn put(&self, line: &[u8], head: usize, style: &Style, mark: bool, hurried: bool) {
-        match self.sink.put_line(line, head, hurried) {
-            Ok(()) => self.losses.tell(&self.sink, style, mark, hurried),
-            Err(stopped) => self.losses.failed(1, &stopped.why),
+        match catch_unwind(AssertUnwindSafe(|| self.sink.put_line(line, head, hurried))) {
+            Ok(Ok(())) => self.losses.tell(&self.sink, style, mark, hurried),
+            Ok(Err(stopped)) => self.losses.failed(1, &stopped.why),
+            Err(payload) => {
+                self.losses.failed(1, &queue::panicked());
+                resume_unwind(payload)
+            }
+        }
+    }
+
+    fn flush(&self) {
+        if let Err(e) = self.sink.flush() {
+            self.losses.failed(0, &e);
         }
     }
 }

@@ -49,14 +49,14 @@ impl Output {
         Ok(Output::on(CareFd::new(File::from(fd.into()))?))
     }
 
-    /// Anything that can be written to. Each line is one `write_all`, inside a region: forks wait meanwhile, and a writer that
-    /// is stuck for longer than a fork's budget makes it fail. Flushed by [`flush`](crate::log::flush) and by the end of the process, by a
-    /// background thread also whenever its queue is empty.
+    /// Anything that can be written to. Each line is one `write`, or several where that takes a part, inside a region: forks wait meanwhile, and
+    /// a writer that is stuck for longer than a fork's budget makes it fail. Flushed by [`flush`](crate::log::flush), by the turn to another output
+    /// and by the end of the process, by a background thread also whenever its queue is empty.
     ///
     /// No child ever calls it, flushes it or drops it; a child that it forks itself on a background thread, and returns in, ends there with exit
-    /// code 101. What it logs itself goes to fd 2.
+    /// code 101. What it logs itself goes to fd 2, by whichever of carefork's loggers, and flushing any of them does nothing there.
     pub fn writer(writer: impl Write + Send + 'static) -> Output {
-        Output(Sink::Writer(Mutex::new(Box::new(writer))))
+        Output(Sink::Writer(Mutex::new(Writer { to: Box::new(writer), cut: false })))
     }
 
     fn on(file: CareFd<File>) -> Output {
@@ -89,7 +89,35 @@ pub(super) enum Sink {
         /// The last thing written there ends in the middle of a line: the disk, or a socket, was full.
         cut: AtomicBool,
     },
-    Writer(Mutex<Box<dyn Write + Send>>),
+    Writer(Mutex<Writer>),
+}
+
+pub(super) struct Writer {
+    to: Box<dyn Write + Send>,
+    /// As for a file: it took a part of a line and failed, or panicked.
+    cut: bool,
+}
+
+impl Writer {
+    fn put(&mut self, line: &[u8]) -> io::Result<()> {
+        if self.cut {
+            self.to.write_all(b"\n")?;
+            self.cut = false;
+        }
+        let mut rest = line;
+        while !rest.is_empty() {
+            match self.to.write(rest) {
+                Ok(0) => return Err(io::ErrorKind::WriteZero.into()),
+                Ok(n) => {
+                    rest = &rest[n..];
+                    self.cut = !rest.is_empty();
+                }
+                Err(e) if e.kind() == io::ErrorKind::Interrupted => {}
+                Err(e) => return Err(e),
+            }
+        }
+        Ok(())
+    }
 }
 
 thread_local! {
@@ -154,7 +182,7 @@ impl Sink {
             Sink::Writer(writer) => {
                 let mut writer = writer.lock();
                 let _inside = Inside::begin();
-                writer.write_all(lines).map_err(|why| Stopped { written: 0, why })
+                writer.put(lines).map_err(|why| Stopped { written: 0, why })
             }
         }
     }
@@ -173,7 +201,7 @@ impl Sink {
             Sink::Writer(writer) => {
                 let mut writer = writer.lock();
                 let _inside = Inside::begin();
-                writer.flush()
+                writer.to.flush()
             }
             _ => Ok(()),
         }

@@ -82,6 +82,11 @@ impl Losses {
     }
 }
 
+/// Why a record of a writer that panicked is lost.
+pub(super) fn panicked() -> io::Error {
+    io::Error::other("the writer panicked")
+}
+
 /// A count that goes back where it came from unless it was told; a writer may panic.
 struct Untold<'a>(&'a AtomicU64, u64);
 
@@ -377,7 +382,7 @@ impl Worker {
                 // It may panic when it is dropped.
                 #[allow(clippy::mem_forget)]
                 std::mem::forget(payload);
-                io::Error::other("the writer panicked")
+                panicked()
             }
         };
         self.losses.failed(records, &why);

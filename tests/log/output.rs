@@ -7,6 +7,7 @@ use crate::{By, drained, full_pipe, in_both, limit_files, log_by, lost, numbered
 use carefork::log::{self, Builder, Logger, Output};
 use std::io::{self, Read, Write};
 use std::os::fd::{AsRawFd, FromRawFd, OwnedFd};
+use std::panic::AssertUnwindSafe;
 use std::sync::{Arc, Mutex, OnceLock};
 use std::time::Duration;
 
@@ -296,6 +297,71 @@ fn a_writer_may_drop_the_last_handle() {
         give.send(logger).expect("the writer waits");
         drive::until(|| thread_count() == before);
         assert_eq!(numbered(&file.text()), [0, 1, 2, 3]);
+    });
+}
+
+/// A writer that takes a part of a line and fails, or panics: the next line is one of its own.
+#[test]
+fn a_line_cut_by_a_writer_does_not_touch_the_next() {
+    isolated("output::a_line_cut_by_a_writer_does_not_touch_the_next", 30, || {
+        for background in [None, Some(8)] {
+            let text = Arc::new(Mutex::new(Vec::new()));
+            let to = Arc::clone(&text);
+            let output = Output::writer(By(move |bytes: &[u8]| {
+                let odd = [b"record 0 0\n", b"record 0 1\n"].iter().position(|end| bytes.ends_with(*end));
+                let part = match odd {
+                    Some(_) if bytes.starts_with(b"20") => &bytes[..20],
+                    Some(0) => return Err(io::ErrorKind::StorageFull.into()),
+                    Some(_) => std::panic::resume_unwind(Box::new(())),
+                    None => bytes,
+                };
+                to.lock().expect("not poisoned").extend_from_slice(part);
+                Ok(part.len())
+            }));
+            let builder = background.map_or(Builder::new(), |n| Builder::new().background(n));
+            let logger = builder.output(output).build();
+            for n in 0..3 {
+                let log = || log_by(&logger, &format!("record 0 {n}"));
+                let logged = std::panic::catch_unwind(AssertUnwindSafe(log));
+                assert_eq!(logged.is_err(), n == 1 && background.is_none());
+            }
+            logger.flush();
+            let text = String::from_utf8(text.lock().expect("not poisoned").clone()).expect("text");
+            let (torn, whole): (Vec<_>, Vec<_>) = text.lines().partition(|line| line.len() == 20);
+            assert_eq!(
+                (torn.len(), numbered(&whole.join("\n")), lost(&text), logger.lost()),
+                (2, vec![2], 2, 2),
+                "{text}"
+            );
+            assert_eq!(whole.len(), 2, "{text}");
+        }
+    });
+}
+
+/// The turn to another output flushes a writer, behind a thread or not.
+#[test]
+fn the_turn_from_a_writer_flushes_it() {
+    struct Buffered(Vec<u8>, std::fs::File);
+    impl Write for Buffered {
+        fn write(&mut self, bytes: &[u8]) -> io::Result<usize> {
+            self.0.write(bytes)
+        }
+
+        fn flush(&mut self) -> io::Result<()> {
+            self.1.write_all(&std::mem::take(&mut self.0))
+        }
+    }
+    isolated("output::the_turn_from_a_writer_flushes_it", 30, || {
+        for background in [None, Some(8)] {
+            let (a, b) = (Scratch::new("a"), Scratch::new("b"));
+            let builder = background.map_or(Builder::new(), |n| Builder::new().background(n));
+            let logger = builder.output(Output::writer(Buffered(Vec::new(), a.append()))).build();
+            log_by(&logger, "record 0 0");
+            logger.set_output(Output::file(&b.0).expect("a file"));
+            log_by(&logger, "record 0 1");
+            logger.flush();
+            assert_eq!((numbered(&a.text()), numbered(&b.text())), (vec![0], vec![1]));
+        }
     });
 }
 
