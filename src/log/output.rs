@@ -30,13 +30,20 @@ impl Output {
         Output(Sink::Stderr)
     }
 
-    /// A file, made if it is not there and appended to if it is, so that several processes may write to it.
+    /// A file, made if it is not there and appended to if it is, so that several processes may write to it. A named pipe is waited for until
+    /// somebody reads it.
     ///
     /// # Errors
     /// What open(2) says.
     pub fn file(path: impl AsRef<Path>) -> io::Result<Output> {
-        let file = CareFd::open(|| OpenOptions::new().append(true).create(true).open(path))?;
-        Ok(Output::on(file))
+        let path = path.as_ref();
+        let open = || OpenOptions::new().append(true).create(true).open(path);
+        // Whatever opening has to wait for (a pipe for its reader, a line for its carrier) no fork does. A child that is forked right after it
+        // keeps the descriptor.
+        if std::fs::metadata(path).is_ok_and(|there| !there.is_file()) {
+            return Output::fd(open()?);
+        }
+        Ok(Output::on(CareFd::open(open)?))
     }
 
     /// An open descriptor: a pipe, a socket, a file that was opened with `O_APPEND`.

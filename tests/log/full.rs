@@ -331,3 +331,23 @@ fn a_slow_writer_gets_all_before_the_end() {
         assert_eq!(numbered(&file.text()), (0..300).collect::<Vec<_>>());
     });
 }
+
+/// Opening a named pipe waits for its reader: outside of any region.
+#[test]
+fn a_named_pipe_without_a_reader_holds_up_no_fork() {
+    isolated("full::a_named_pipe_without_a_reader_holds_up_no_fork", 30, || {
+        let pipe = Scratch::new("pipe");
+        nix::unistd::mkfifo(&pipe.0, nix::sys::stat::Mode::S_IRWXU).expect("made");
+        let path = pipe.0.clone();
+        let opens = thread::spawn(move || drop(Output::file(path)));
+        drive::a_while();
+        drive::until_others_sleep();
+        let forked = BOTH.map(|kind| match kind {
+            Kind::Coordinated => drive::coordinated(|| 0).expect("nobody is in its way"),
+            Kind::Foreign => drive::foreign(|| i32::from(carefork::lineage().dirty)),
+        });
+        drop(std::fs::File::open(&pipe.0));
+        opens.join().expect("no panic");
+        forked.into_iter().for_each(ends_well);
+    });
+}
