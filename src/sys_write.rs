@@ -30,6 +30,10 @@ pub(crate) fn write(fd: RawFd, bytes: &[u8]) -> io::Result<usize> {
 /// # Errors
 /// As for [`write`].
 pub(crate) fn write_now(fd: RawFd, bytes: &[u8]) -> io::Result<usize> {
+    // Without waiting a file may take a part: what it has no page in memory for comes later, behind another's line.
+    if is_regular(fd) {
+        return write(fd, bytes);
+    }
     let part = libc::iovec { iov_base: bytes.as_ptr().cast_mut().cast(), iov_len: bytes.len() };
     // At the file's own place, as write(2).
     let at: libc::c_long = -1;
@@ -37,8 +41,7 @@ pub(crate) fn write_now(fd: RawFd, bytes: &[u8]) -> io::Result<usize> {
     let n = unsafe { libc::syscall(libc::SYS_pwritev2, fd, &raw const part, 1, at, at, libc::RWF_NOWAIT) };
     match usize::try_from(n) {
         Ok(n @ 1..) => Ok(n),
-        // A file would only not do it at once: it has no page in memory.
-        Err(_) if io::Error::last_os_error().kind() == io::ErrorKind::WouldBlock && !is_regular(fd) => {
+        Err(_) if io::Error::last_os_error().kind() == io::ErrorKind::WouldBlock => {
             Err(io::ErrorKind::WouldBlock.into())
         }
         // Refused, interrupted, or an error that write(2) gives as well.

@@ -19,7 +19,8 @@ pub enum WhenFull {
     /// The thread that logs waits, outside of any region of carefork's. So does the end of the process, until what is queued is written.
     #[default]
     Block,
-    /// The record is dropped and counted ([`Logger::lost`]); a line of the log tells how many, as soon as there is room. The end of the
+    /// The record is dropped and counted ([`Logger::lost`]); a line of the log tells how many, as soon as there is room. So is one that goes
+    /// out in several lines where there is room for the first of them only, which stands there then, with its backslash. The end of the
     /// process waits for what is queued only while the output goes on taking some of it: once it has taken nothing for a second, the rest is
     /// lost and counted, but for what the thread was writing.
     Drop,
@@ -116,7 +117,8 @@ impl Builder {
         Logger::new(self.filter.build(), style, self.output, self.capacity, self.when_full)
     }
 
-    /// Makes the logger and installs it as `log`'s, with its level. What is queued, or in a writer's buffer, when the process ends in order is written.
+    /// Makes the logger and installs it as `log`'s, with its level. What is queued, or in a writer's buffer, when the process ends in order is
+    /// written; what was lost and not told yet is told, if there is room.
     ///
     /// # Errors
     /// [`AlreadySet`] if the program has a logger.

@@ -95,9 +95,6 @@ impl Logger {
         let inner = &*self.inner;
         let now = fork_generation();
         let sink = Arc::new(output.0);
-        if sink.is_writer() && INSTALLED.get().is_some_and(|logger| Arc::ptr_eq(&logger.inner, &self.inner)) {
-            flush_at_the_end();
-        }
         let Some(old) = inner.replace(now, &sink) else { return };
         if let Some(queue) = old.queue.clone().filter(|queue| queue.may_start()) {
             // Nothing but the thread, until it turns, is to keep the old output open.
@@ -348,20 +345,11 @@ static INSTALLED: OnceLock<Logger> = OnceLock::new();
 
 /// After the facade took it.
 pub(super) fn installed(logger: &Logger) {
-    if INSTALLED.set(logger.clone()).is_ok()
-        && (logger.inner.capacity.is_some() || logger.inner.here().sink.is_writer())
-    {
-        flush_at_the_end();
-    }
-}
-
-/// Once in a process and its children, where something may be kept back: in a queue, or in a buffer of somebody's writer.
-fn flush_at_the_end() {
-    static REGISTERED: OnceLock<()> = OnceLock::new();
-    REGISTERED.get_or_init(|| {
+    if INSTALLED.set(logger.clone()).is_ok() {
+        // Something may be kept back: in a queue, in a buffer of somebody's writer, or a number of losses. In children too.
         crate::sys_write::at_exit(at_exit);
         crate::fork::at_child_end(end);
-    });
+    }
 }
 
 /// The process is at its end: nobody but whoever logs now waits for the thread.

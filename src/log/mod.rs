@@ -52,7 +52,8 @@
 //! [`Builder::background`] puts records into a queue that a thread of the logger's writes out, many lines to a write(2). What happens when
 //! the queue is full is [`WhenFull`]. [`flush`] (or `log::logger().flush()`) returns when everything logged before it was written.
 //! The end of the process by exit(3) or the return of `main` does the same for the logger that [`Builder::init`] installed, and so does the
-//! end of a child of [`spawn`](crate::spawn()); with no background writer too, where an [`Output::writer`] may have a buffer. They wait for as long
+//! end of a child of [`spawn`](crate::spawn()); with no background writer too, where an [`Output::writer`] may
+//! have a buffer, or losses are not told yet. They wait for as long
 //! as it takes, unless the program chose to lose records: under [`WhenFull::Drop`] and [`WhenFull::GrowTo`] they give up when the background
 //! writer has got rid of nothing for a second, and so does the drop of the last handle of a logger that was not installed, whose thread goes on
 //! writing, though. A record that is logged later yet, by another atexit handler, is waited for by itself. A process that is killed or calls

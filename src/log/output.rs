@@ -172,7 +172,9 @@ impl Sink {
     pub(super) fn put(&self, lines: &[u8], hurried: bool) -> Result<(), Stopped> {
         match self {
             Sink::Stderr => put(libc::STDERR_FILENO, lines, hurried),
-            Sink::File { file, one, cut, .. } => {
+            Sink::File { file, most, one, cut } => {
+                // A file has room, or fails; and what would not wait may take a part.
+                let hurried = hurried && *most != usize::MAX;
                 // In a child that pointed the log at it and cleaned up afterwards it is closed.
                 let Some(file) = file.get() else { return put(libc::STDERR_FILENO, lines, hurried) };
                 let _one = one.as_ref().map(|one| one.lock().unwrap_or_else(PoisonError::into_inner));

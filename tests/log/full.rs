@@ -1,6 +1,6 @@
 //! Full queues and full pipes hold up no fork, and what was lost is told.
 
-use crate::common::{self, check, isolated};
+use crate::common::{self, check, count_syscalls, isolated, strace_mark};
 use crate::drive::{self, BOTH, Kind};
 use crate::logs::{Scratch, assert_each_once, by_pid, noexec, numbers, standard_error_to, storm};
 use crate::{By, drained, ends_well, full_pipe, in_both, in_pipe, limit_files, log_by, lost, numbered};
@@ -349,5 +349,47 @@ fn a_named_pipe_without_a_reader_holds_up_no_fork() {
         drop(std::fs::File::open(&pipe.0));
         opens.join().expect("no panic");
         forked.into_iter().for_each(ends_well);
+    });
+}
+
+/// Who drops writes to a file as everybody does: a write that must not wait may take a part, and another's line comes between.
+#[test]
+fn a_file_takes_each_line_by_one_write_also_from_who_drops() {
+    let calls = count_syscalls(
+        "full::a_file_takes_each_line_by_one_write_also_from_who_drops",
+        30,
+        common::Setup::default(),
+        || {
+            let file = Scratch::new("whole");
+            let _redirected = standard_error_to(&file);
+            let outputs = [Output::file(&file.0).expect("a file"), Output::stderr()];
+            let loggers = outputs.map(|output| Builder::new().output(output).when_full(WhenFull::Drop).build());
+            strace_mark("begin");
+            loggers.iter().for_each(|logger| log_by(logger, "record 0 0"));
+            strace_mark("end");
+            assert_eq!(numbered(&file.text()), [0, 0]);
+        },
+    );
+    if let Some(calls) = calls {
+        let writes = |name| common::between(&calls, "begin", "end").iter().filter(|call| call.name == name).count();
+        assert_eq!((writes("write"), writes("pwritev2")), (2, 0));
+    }
+}
+
+/// What was lost is told at the end of the process, with nothing behind the logger too.
+#[test]
+fn the_end_tells_what_was_lost() {
+    isolated("full::the_end_tells_what_was_lost", 30, || {
+        let (mut from, to) = full_pipe();
+        ends_well(noexec(Kind::Foreign, || {
+            let builder = Builder::new().output(Output::fd(to.try_clone().expect("a pipe")).expect("a pipe"));
+            builder.when_full(WhenFull::Drop).init().expect("the first logger");
+            (0..3).for_each(|n| ::log::info!(target: "storm", "record 0 {n}"));
+            from.read_exact(&mut [0; libc::PIPE_BUF]).expect("a page");
+            std::process::exit(0)
+        }));
+        drop(to);
+        let text = drained(from).join().expect("no panic");
+        assert_eq!((lost(&text), text.lines().count()), (3, 1), "{text}");
     });
 }
