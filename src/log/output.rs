@@ -256,7 +256,7 @@ fn pieces(
     most: usize,
     mut put: impl FnMut(&[u8]) -> Result<(), Stopped>,
 ) -> Result<(), Stopped> {
-    let (head, rest) = line.split_at(head.min(most / 2));
+    let (head, rest) = line.split_at(boundary(line, head.min(most / 2)));
     let mut rest = rest.strip_suffix(b"\n").unwrap_or(rest);
     let room = most - head.len() - 2;
     let mut piece = Vec::with_capacity(most);
@@ -303,6 +303,18 @@ mod tests {
             assert!(end.is_ok());
             assert_eq!(joined, text);
             assert!(count >= line.len() / 64);
+        }
+    }
+
+    #[test]
+    fn a_long_head_is_cut_between_two_characters() {
+        for pad in ["", "a", "aa"] {
+            let head = format!("{pad}{}", "€".repeat(50));
+            let end = pieces(format!("{head}{}\n", "x".repeat(100)).as_bytes(), head.len(), 64, |piece| {
+                std::str::from_utf8(piece).expect("no character is cut");
+                Ok(())
+            });
+            assert!(end.is_ok());
         }
     }
 }
