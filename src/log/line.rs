@@ -154,11 +154,15 @@ fn thread(line: &mut Vec<u8>) {
     }
 }
 
-/// Not where the thread's own places are gone: std panics when it is asked in the destructor of a key of pthread's.
+/// std does not know the thread any more, as the head of its record had to find out.
+pub(super) fn is_past() -> bool {
+    PAST.get()
+}
+
+/// Not in the destructor of a key of pthread's, where std panics when it is asked. Nothing else tells (thread-locals are gone in the handlers of
+/// exit(3), too), so it says that on standard error, once: the mark stays. It is there meanwhile because a panic hook may log.
 fn current() -> Option<Thread> {
-    // Where the thread has not logged before nothing tells but the panic: once, as the mark stays. It is there meanwhile because a panic
-    // hook may log.
-    if BUFFER.try_with(|_| ()).is_err() || PAST.replace(true) {
+    if PAST.replace(true) {
         return None;
     }
     let thread = std::panic::catch_unwind(std::thread::current).ok();

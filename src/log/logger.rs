@@ -182,7 +182,9 @@ impl Inner {
             return;
         }
         let here = self.here();
+        // A thread past its end writes itself: the channel needs std's handle of it.
         if let Some(queue) = &here.queue
+            && !line::is_past()
             && queue.is_started()
         {
             let head = u32::try_from(head).unwrap_or(u32::MAX);
@@ -202,7 +204,7 @@ impl Inner {
         }
         let here = self.here();
         match &here.queue {
-            Some(queue) if queue.was_started() => flush(queue),
+            Some(queue) if queue.was_started() && !line::is_past() => flush(queue),
             _ => {
                 here.losses.tell(&here.sink, &self.style, self.generation.load(Acquire) != self.home, self.hurried());
                 here.flush();
@@ -293,6 +295,7 @@ impl Drop for Inner {
         if let Some(queue) = &self.here.get_mut().queue
             && queue.was_started()
             && !output::inside()
+            && !line::is_past()
         {
             // What is left then the thread goes on with.
             queue.flush_while_it_moves();

@@ -14,8 +14,8 @@
 //! 2026-11-21T07:03:12.345901+01:00 INFO  [pid 4711 main] worker: begins
 //! ```
 //!
-//! Control characters in a message are escaped (`\n`, `\u{1b}`), so no message can end its line. The second line is from a child. A thread
-//! whose thread-locals are gone has its number for a name (`tid 4712`).
+//! Control characters in a message are escaped (`\n`, `\u{1b}`), so no message can end its line. The second line is from a child. In a
+//! destructor of pthread_key_create(3) a thread has its number for a name (`tid 4712`), and writes itself, before what is queued.
 //!
 //! # Who may write where
 //!

@@ -179,7 +179,10 @@ fn the_last_words_of_a_process_are_written() {
                 ::log::info!(target: "storm", "record 0 0");
                 std::process::exit(0)
             }));
-            assert_eq!(numbered(&file.text()), [0, 1, 2]);
+            let text = file.text();
+            assert_eq!(numbered(&text), [0, 1, 2]);
+            // Though its thread-locals are gone.
+            assert_eq!(text.matches("[ends::the_last_words").count(), 3, "{text}");
         }
     });
 }
@@ -229,15 +232,16 @@ fn a_thread_local_may_log_when_it_is_dropped() {
 #[test]
 fn a_key_of_pthreads_may_log_at_its_threads_end() {
     extern "C" fn last(_: *mut libc::c_void) {
-        ::log::info!(target: "storm", "record 0 1");
-        ::log::info!(target: "storm", "record 0 2");
+        (1..10).for_each(|n| ::log::info!(target: "storm", "record 0 {n}"));
     }
     isolated("ends::a_key_of_pthreads_may_log_at_its_threads_end", 30, || {
-        for before in [true, false] {
+        for (before, background) in [(true, None), (false, None), (true, Some(1)), (false, Some(1))] {
             let file = Scratch::new("key");
             ends_well(noexec(Kind::Foreign, || {
-                let output = Output::file(&file.0).expect("a file");
-                Builder::new().output(output).init().expect("the first logger");
+                let mut to = file.append();
+                let output = Output::writer(By(move |bytes: &[u8]| to.write(bytes)));
+                let builder = background.map_or(Builder::new(), |n| Builder::new().background(n));
+                let logger = builder.output(output).init().expect("the first logger");
                 let mut key = 0;
                 // SAFETY: `key` is live, the destructor logs.
                 assert_eq!(unsafe { libc::pthread_key_create(&raw mut key, Some(last)) }, 0);
@@ -254,11 +258,15 @@ fn a_key_of_pthreads_may_log_at_its_threads_end() {
                     .expect("a thread")
                     .join()
                     .expect("no panic");
+                logger.flush();
                 0
             }));
             let text = file.text();
-            assert_eq!(numbered(&text), (u64::from(!before)..3).collect::<Vec<_>>());
-            assert_eq!((text.matches("[named] ").count(), text.matches("[tid ").count()), (usize::from(before), 2));
+            // They do not wait for what is queued.
+            let mut found = numbered(&text);
+            found.sort_unstable();
+            assert_eq!(found, (u64::from(!before)..10).collect::<Vec<_>>());
+            assert_eq!((text.matches("[named] ").count(), text.matches("[tid ").count()), (usize::from(before), 9));
         }
     });
 }
