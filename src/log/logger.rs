@@ -86,8 +86,8 @@ impl Logger {
     /// Points the log somewhere else, from the next record on.
     ///
     /// In a process with a background writer what was logged before still goes to the old output, and nothing is waited for but room
-    /// in the queue. In a child this is how the log gets a place, and a background writer, of its own; until then it
-    /// is fd 2. The parent's output is not touched.
+    /// in the queue, and that not by an [`Output::writer`] that turns its own log. Without one an old [`Output::writer`] is flushed. In a child
+    /// this is how the log gets a place, and a background writer, of its own; until then it is fd 2. The parent's output is not touched.
     ///
     /// # Panics
     /// In the child of a dirty fork or a bypass, if a thread that is gone held the logger's state.
