@@ -19,7 +19,7 @@ fn a_fork_in_ones_own_region_is_refused() {
             let at = entered.expect("recorded in this build");
             assert_eq!((at.file(), at.line()), (file!(), line));
         }
-        assert!(error.to_string().contains("end the region first"), "{error}");
+        assert!(error.to_string().contains("end it first"), "{error}");
         drop(region);
         assert!(matches!(coordinated(|| 1), Err(ForkError::Forbidden { .. })));
         let after = carefork::stats();
