@@ -11,8 +11,9 @@ use carefork::{Child, ForkOptions, Reaper, SigchldOwner};
 use common::{Refuse, Setup, isolated, isolated_with};
 use kit::{InRegion, code, foreign, forked};
 use numbers::{child_with, in_a_namespace, next_pid, steal};
+use std::os::unix::process::ExitStatusExt as _;
 use std::thread;
-use watching::{only, owner, sleep_on, sleeper, strangers, until_dead, watch};
+use watching::{kill, only, owner, sleep_on, sleeper, strangers, until_dead, watch, without_pidfds};
 
 fn sleeper_with(pid: u32) -> Child {
     next_pid(pid);
@@ -43,6 +44,35 @@ fn a_status_waits_for_its_holder_whoever_has_the_number() {
             assert_eq!(only(&other, &exits).code(), Some(2));
             assert!(unknown.is_empty());
             later.into_iter().for_each(end);
+        });
+    });
+}
+
+/// The same by number, and a stranger has it by then: that one is neither waited for nor signalled.
+#[test]
+fn a_number_that_was_given_up_is_nobodys() {
+    isolated_with("a_number_that_was_given_up_is_nobodys", 60, without_pidfds(), || {
+        in_a_namespace(|| {
+            let (always, other) = (owner(SigchldOwner::Always), Reaper::new().expect("a reaper"));
+            let unknown = strangers(&always);
+            let mut held = child_with(300, &ForkOptions::new(), 1);
+            let (watched, exits) = watch(&other, child_with(301, &ForkOptions::new(), 2));
+            until_dead(300);
+            until_dead(301);
+            always.dispatch().expect("dispatch");
+            for pid in [300, 301] {
+                next_pid(pid);
+                assert_eq!(foreign(|| sleep_on()).cast_unsigned(), pid);
+            }
+            held.kill().expect("left alone");
+            watched.kill().expect("left alone");
+            assert_eq!(code(&mut held), 1);
+            assert_eq!(only(&other, &exits).code(), Some(2));
+            assert!(unknown.is_empty());
+            for pid in [300, 301] {
+                kill(pid, libc::SIGTERM);
+                assert_eq!(steal(pid).signal(), Some(libc::SIGTERM), "a stranger was hit");
+            }
         });
     });
 }

@@ -210,9 +210,9 @@ impl Children {
         }
     }
 
-    /// The child's number has not become another's, as far as this process knows.
+    /// The child's number has not become another's, as far as this process knows. One whose end is here has given it up.
     pub(crate) fn is(&self, pid: u32, start: u64) -> bool {
-        self.book.lock().by_pid.get(&pid).is_some_and(|k| k.start == start)
+        self.book.lock().by_pid.get(&pid).is_some_and(|k| k.start == start && k.ended.is_none())
     }
 
     /// It was given a pidfd.
