@@ -73,8 +73,11 @@ pub(crate) fn start(plan: &Plan, timeout: Option<Duration>) -> Result<Child, Not
 /// The outer error: no child; the inner one: a child that ended, and was reaped.
 fn once(plan: &Plan, deadline: Option<u64>) -> Result<Result<Child, Failure>, NotStarted> {
     // Until there is a `Child`: an owner of SIGCHLD must not take it for a stranger's.
-    let under_way = known::making_one();
+    let mut under_way = known::making_one();
     let start = Start::begin(deadline).map_err(NotStarted::Fork)?;
+    if let Some(fork) = &mut under_way {
+        fork.is_made();
+    }
     let shared = Shared::new(plan, &start);
     let cloned = clone(&shared, libc::CLONE_PIDFD).or_else(|errno| match errno {
         libc::EAGAIN | libc::ENOMEM => Err(errno),

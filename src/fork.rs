@@ -186,17 +186,18 @@ impl ForkOptions<'_> {
             bound: FIRST_BOUND,
             outcome: None,
             since: None,
+            under_way: None,
         };
         loop {
             request.let_go_at = Some(let_go_at(request.deadline));
             // An owner of SIGCHLD must not take the child for a stranger's.
-            let under_way = known::making_one();
+            request.under_way = known::making_one();
             // SAFETY: the caller's promise.
             let (end, passed) = unsafe { once(me, &mut request) };
             let pid = match end {
                 Ok(0) => {
                     // The parent's count, on a page that need not be copied.
-                    std::mem::forget(under_way);
+                    std::mem::forget(request.under_way.take());
                     return Ok(Side::Child(passed.mask));
                 }
                 Ok(pid) => pid,
@@ -216,7 +217,7 @@ impl ForkOptions<'_> {
                         if let Some(armed) = &ready.armed {
                             armed.wait(|| sys::is_dead(pid));
                         }
-                        return Ok(Side::Parent(pid, under_way));
+                        return Ok(Side::Parent(pid, request.under_way.take()));
                     }
                     FIRST_BOUND
                 }
@@ -225,8 +226,8 @@ impl ForkOptions<'_> {
             };
             // A child that was none: gone, or taken by a waitpid(-1) elsewhere, which is the same.
             drop(sys::reap(pid, true));
-            known::forget_thrown_away(pid, under_way.as_ref());
-            drop(under_way);
+            known::forget_thrown_away(pid, request.under_way.as_ref());
+            drop(request.under_way.take());
             count().thrown_away.fetch_add(1, Relaxed);
             let over = request.deadline.is_some_and(|d| clock::now() >= d);
             // Before the mask is restored: the handler of a signal that comes then may fork, which collects in the same place.

@@ -7,11 +7,12 @@ mod kit;
 mod numbers;
 mod watching;
 
-use carefork::{Child, ForkOptions, Reaper, SigchldOwner};
+use carefork::{Child, ForkOptions, ForkReplacement, Reaper, SigchldOwner, set_fork_replacement};
 use common::{Refuse, Setup, isolated, isolated_with};
 use kit::{InRegion, code, foreign, forked};
 use numbers::{child_with, in_a_namespace, next_pid, steal};
 use std::os::unix::process::ExitStatusExt as _;
+use std::sync::atomic::{AtomicBool, Ordering::SeqCst};
 use std::thread;
 use watching::{kill, only, owner, sleep_on, sleeper, strangers, until_dead, watch, without_pidfds};
 
@@ -175,6 +176,67 @@ fn a_strangers_status_is_no_later_childs() {
                     assert_eq!(code(&mut child), 5);
                 }
             }
+        });
+    });
+}
+
+/// Where the replacements of fork below are: the child that others are to find is made and dead; they have, and it goes on.
+static MADE: AtomicBool = AtomicBool::new(false);
+static FOUND: AtomicBool = AtomicBool::new(false);
+
+fn wait_until_found() {
+    MADE.store(true, SeqCst);
+    while !FOUND.load(SeqCst) {
+        thread::yield_now();
+    }
+}
+
+/// Runs `forks` on another thread with this replacement of fork, and `meanwhile` when that is `wait_until_found`.
+fn amid_a_fork(by: unsafe fn() -> i32, forks: impl FnOnce() -> Child + Send, meanwhile: impl FnOnce()) -> Child {
+    // SAFETY: they call libc's fork.
+    unsafe { set_fork_replacement(Some(ForkReplacement::Calls(by))) };
+    let child = thread::scope(|s| {
+        let forks = s.spawn(forks);
+        while !MADE.load(SeqCst) {
+            thread::yield_now();
+        }
+        meanwhile();
+        FOUND.store(true, SeqCst);
+        forks.join().expect("a child")
+    });
+    // SAFETY: libc's own.
+    unsafe { set_fork_replacement(None) };
+    child
+}
+
+/// Child 300, after a stranger with that number.
+unsafe fn after_a_stranger() -> i32 {
+    next_pid(300);
+    assert_eq!(foreign(|| 77), 300);
+    until_dead(300);
+    wait_until_found();
+    next_pid(300);
+    // SAFETY: the caller's promise.
+    unsafe { libc::fork() }
+}
+
+/// A stranger's status that came when the fork was announced, and its child not yet made.
+#[test]
+fn a_strangers_status_is_not_that_of_a_child_made_after_it() {
+    isolated("a_strangers_status_is_not_that_of_a_child_made_after_it", 60, || {
+        in_a_namespace(|| {
+            let reaper = owner(SigchldOwner::Always);
+            let unknown = strangers(&reaper);
+            let child = amid_a_fork(after_a_stranger, sleeper, || {
+                reaper.dispatch().expect("dispatch");
+            });
+            assert_eq!(child.id(), 300);
+            let (watched, exits) = watch(&reaper, child);
+            reaper.dispatch().expect("dispatch");
+            assert!(exits.is_empty(), "it lives");
+            assert_eq!(unknown.try_recv().map(|exit| exit.code()), Ok(Some(77)));
+            watched.kill().expect("ours");
+            assert_eq!(only(&reaper, &exits).signal(), Some(libc::SIGKILL));
         });
     });
 }

@@ -15,7 +15,7 @@ use crate::sys_reap::{self, How, Which};
 use std::collections::BTreeMap;
 use std::io;
 use std::os::fd::{BorrowedFd, RawFd};
-use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 
 static WANTED: AtomicBool = AtomicBool::new(false);
 
@@ -55,6 +55,8 @@ struct Stranger {
     pid: u32,
     /// The ticket of the next fork when it was found: one with that ticket or a later one has not made it.
     found: u64,
+    /// It is the n-th that was found: a child that was born when there were as many is not it.
+    nth: u64,
     /// The main loop brought it, and was told that nobody knows it.
     refused: bool,
     record: Box<Record>,
@@ -92,6 +94,8 @@ fn told(waited: io::Result<Option<sys_reap::Ended>>) -> io::Result<Reaped> {
 
 pub(crate) struct Children {
     book: Mutex<Book>,
+    /// How many strangers were found. Counted under the book's lock, which is a region: it stands still while a fork copies.
+    found: AtomicU64,
     /// Some found a stranger while a fork was under way that may have made it, and could not tell.
     strangers_wait: AtomicBool,
 }
@@ -115,6 +119,7 @@ static CHILDREN: PerProcess<Children> = PerProcess::new(|| Children {
         under_way: Vec::new(),
         ticket: 1,
     }),
+    found: AtomicU64::new(0),
     strangers_wait: AtomicBool::new(false),
 });
 
@@ -136,6 +141,15 @@ pub(crate) enum HandedIn {
 pub(crate) struct UnderWay {
     ticket: u64,
     generation: u64,
+    /// How many strangers were found before its child was.
+    found: u64,
+}
+
+impl UnderWay {
+    /// Right before the child is made, with the gate shut if it is to be exact. Async-signal-safe.
+    pub(crate) fn is_made(&mut self) {
+        self.found = children().found.load(Ordering::Relaxed);
+    }
 }
 
 impl Drop for UnderWay {
@@ -147,14 +161,14 @@ impl Drop for UnderWay {
     }
 }
 
-/// When a child's fork began, for [`Children::add`].
+/// How many strangers were found before a child was made, for [`Children::add`].
 #[derive(Clone, Copy, Debug)]
 pub(crate) struct Began(u64);
 
 impl Began {
     /// `None` is a fork that began before anybody wanted to know.
     pub(crate) fn of(under_way: Option<&UnderWay>) -> Began {
-        Began(under_way.map_or(0, |u| u.ticket))
+        Began(under_way.map_or(0, |u| u.found))
     }
 }
 
@@ -171,10 +185,6 @@ pub(crate) fn forget_thrown_away(pid: u32, fork: Option<&UnderWay>) {
 }
 
 impl Book {
-    fn keep(&mut self, pid: u32, refused: bool, record: Box<Record>) {
-        self.strangers.push(Stranger { pid, found: self.ticket, refused, record });
-    }
-
     /// Takes out the strangers of which `which` is true and that no fork under way can have made.
     fn settled(&mut self, which: impl Fn(&Stranger) -> bool) -> impl Iterator<Item = Stranger> {
         let first = self.under_way.first().copied().unwrap_or(u64::MAX);
@@ -183,13 +193,18 @@ impl Book {
 }
 
 impl Children {
+    fn keep(&self, book: &mut Book, pid: u32, refused: bool, record: Box<Record>) {
+        let nth = self.found.fetch_add(1, Ordering::Relaxed) + 1;
+        book.strangers.push(Stranger { pid, found: book.ticket, nth, refused, record });
+    }
+
     /// Before anything that makes a child; drop it once the child is known (SEEDS: "recorded before any reaper can see it").
     fn making_one(&self) -> UnderWay {
         let mut book = self.book.lock();
         let ticket = book.ticket;
         book.ticket += 1;
         book.under_way.push(ticket);
-        UnderWay { ticket, generation: runtime::generation() }
+        UnderWay { ticket, generation: runtime::generation(), found: self.found.load(Ordering::Relaxed) }
     }
 
     /// A child that was just made, or with `None` one that is written down late.
@@ -199,9 +214,8 @@ impl Children {
             // The number is that one's by now.
             return;
         }
-        // A status that came before its child, unless it was there before the fork.
-        let early =
-            began.and_then(|Began(ticket)| book.strangers.iter().rposition(|s| s.pid == pid && s.found > ticket));
+        // A status that came before its child, unless it was there before the child was made.
+        let early = began.and_then(|Began(found)| book.strangers.iter().rposition(|s| s.pid == pid && s.nth > found));
         let ended = early.map(|at| book.strangers.remove(at).record);
         let earlier = book.by_pid.insert(pid, Known { start, pidfd, holder: Holder::Asks, ended });
         if let Some(Known { start, ended: Some(record), .. }) = earlier {
@@ -245,7 +259,7 @@ impl Children {
     }
 
     fn forget_thrown_away(&self, pid: u32, fork: &UnderWay) {
-        self.book.lock().strangers.retain(|s| s.pid != pid || s.found <= fork.ticket);
+        self.book.lock().strangers.retain(|s| s.pid != pid || s.nth <= fork.found);
     }
 
     pub(crate) fn holder(&self, pid: u32) -> Option<Holder> {
@@ -282,7 +296,7 @@ impl Children {
         match book.by_pid.get_mut(&pid) {
             Some(known) if known.ended.is_none() => known.ended = Some(record),
             // Of the status that lies there the number was before.
-            _ => book.keep(pid, false, record),
+            _ => self.keep(book, pid, false, record),
         }
         Ok(())
     }
@@ -300,7 +314,7 @@ impl Children {
         }
         book.settled(|s| s.refused).for_each(drop);
         if !book.under_way.is_empty() {
-            book.keep(pid, true, Box::new(record));
+            self.keep(&mut book, pid, true, Box::new(record));
         }
         HandedIn::Unknown
     }

@@ -3,6 +3,7 @@
 #![allow(unsafe_code)]
 
 use super::*;
+use crate::reap::known::UnderWay;
 
 /// What the handlers leave for the coordinated fork on this thread.
 #[derive(Debug)]
@@ -46,6 +47,8 @@ pub(crate) struct Request {
     pub(crate) outcome: Option<Outcome>,
     /// Since when it waits for the regions, if that is not counted yet: the next try goes on with it.
     pub(crate) since: Option<u64>,
+    /// Where children are written down.
+    pub(crate) under_way: Option<UnderWay>,
 }
 
 /// There is no next try for a fork that has waited since then.
@@ -233,6 +236,9 @@ fn prepare_coordinated(me: &Slot, request: &mut Request, collected: &mut Collect
     let outcome = prepare::prepare(&STATE.gate, me, &mut steps, &plan, &mut collected.busy);
     look_for_another(outcome, &mut collected.report);
     request.outcome = Some(outcome);
+    if let Some(fork) = &mut request.under_way {
+        fork.is_made();
+    }
     request.since = match outcome {
         Outcome::Again { since, .. } => Some(since),
         _ => None,
