@@ -241,6 +241,51 @@ fn a_strangers_status_is_not_that_of_a_child_made_after_it() {
     });
 }
 
+/// Child 300, which is dead and reaped when fork returns; a stranger has its number.
+unsafe fn before_a_stranger() -> i32 {
+    next_pid(300);
+    // SAFETY: the caller's promise.
+    let pid = unsafe { libc::fork() };
+    if pid > 0 {
+        until_dead(pid.cast_unsigned());
+        wait_until_found();
+        next_pid(300);
+        // Not by libc, whose second fork would be another try of this one.
+        // SAFETY: the child makes system calls only.
+        let stranger = unsafe { libc::syscall(libc::SYS_clone, libc::SIGCHLD, 0, 0, 0, 0) };
+        if stranger == 0 {
+            loop {
+                // SAFETY: until it is killed.
+                unsafe { libc::pause() };
+            }
+        }
+        assert_eq!(stranger, pid.into());
+    }
+    pid
+}
+
+/// By number a stranger's pidfd is to be had, which is a child of this process too.
+#[test]
+fn a_pidfd_is_not_that_of_the_numbers_next_child() {
+    isolated("a_pidfd_is_not_that_of_the_numbers_next_child", 60, || {
+        in_a_namespace(|| {
+            let reaper = owner(SigchldOwner::Always);
+            let mut child = amid_a_fork(
+                before_a_stranger,
+                || forked(&ForkOptions::new(), |_| 55),
+                || {
+                    reaper.dispatch().expect("dispatch");
+                },
+            );
+            assert_eq!(child.id(), 300);
+            child.kill().expect("left alone");
+            assert_eq!(code(&mut child), 55);
+            kill(300, libc::SIGKILL);
+            steal(300);
+        });
+    });
+}
+
 /// Strangers of a process that never stops forking are told of: those forks began later, and have not made them.
 #[test]
 fn strangers_wait_for_no_later_fork() {

@@ -97,7 +97,10 @@ impl Body {
     fn write_down_as(&mut self, began: Option<Began>) {
         if !std::mem::replace(&mut self.known, true) {
             let pidfd = self.pidfd().map_or(-1, |fd| fd.as_raw_fd());
-            children().add(self.pid, self.start, pidfd, began);
+            if children().add(self.pid, self.start, pidfd, began) {
+                // Opened by a number that was given up, it may be another child's.
+                self.pidfd = None;
+            }
         }
     }
 
@@ -125,8 +128,10 @@ impl Body {
     pub(crate) fn want_pidfd(&mut self) {
         if self.pidfd.is_none() && self.is_ours() && self.is_not_another() {
             self.pidfd = watch(self.pid);
-            if let (true, Some(fd)) = (self.known, self.pidfd()) {
-                children().watched(self.pid, self.start, fd.as_raw_fd());
+            if let (true, Some(fd)) = (self.known, self.pidfd())
+                && !children().watched(self.pid, self.start, fd.as_raw_fd())
+            {
+                self.pidfd = None;
             }
         }
     }

@@ -207,21 +207,24 @@ impl Children {
         UnderWay { ticket, generation: runtime::generation(), found: self.found.load(Ordering::Relaxed) }
     }
 
-    /// A child that was just made, or with `None` one that is written down late.
-    pub(crate) fn add(&self, pid: u32, start: u64, pidfd: RawFd, began: Option<Began>) {
+    /// A child that was just made, or with `None` one that is written down late. Its end was found before: true.
+    pub(crate) fn add(&self, pid: u32, start: u64, pidfd: RawFd, began: Option<Began>) -> bool {
         let mut book = self.book.lock();
         if book.by_pid.get(&pid).is_some_and(|later| later.start > start) {
             // The number is that one's by now.
-            return;
+            return false;
         }
         // A status that came before its child, unless it was there before the child was made.
         let early = began.and_then(|Began(found)| book.strangers.iter().rposition(|s| s.pid == pid && s.nth > found));
         let ended = early.map(|at| book.strangers.remove(at).record);
+        let has_ended = ended.is_some();
+        let pidfd = if has_ended { -1 } else { pidfd };
         let earlier = book.by_pid.insert(pid, Known { start, pidfd, holder: Holder::Asks, ended });
         if let Some(Known { start, ended: Some(record), .. }) = earlier {
             // Its holder has yet to ask.
             book.left.push((pid, start, record));
         }
+        has_ended
     }
 
     /// The child's number has not become another's, as far as this process knows. One whose end is here has given it up.
@@ -229,11 +232,11 @@ impl Children {
         self.book.lock().by_pid.get(&pid).is_some_and(|k| k.start == start && k.ended.is_none())
     }
 
-    /// It was given a pidfd.
-    pub(crate) fn watched(&self, pid: u32, start: u64, pidfd: RawFd) {
-        if let Some(known) = self.book.lock().by_pid.get_mut(&pid).filter(|k| k.start == start) {
-            known.pidfd = pidfd;
-        }
+    /// It was given a pidfd. Its end was found before: false, and the pidfd may be another's.
+    pub(crate) fn watched(&self, pid: u32, start: u64, pidfd: RawFd) -> bool {
+        let mut book = self.book.lock();
+        let known = book.by_pid.get_mut(&pid).filter(|k| k.start == start && k.ended.is_none());
+        known.map(|known| known.pidfd = pidfd).is_some()
     }
 
     pub(crate) fn hold(&self, pid: u32, start: u64, holder: Holder) {
