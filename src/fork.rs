@@ -192,6 +192,9 @@ impl ForkOptions<'_> {
             request.let_go_at = Some(let_go_at(request.deadline));
             // An owner of SIGCHLD must not take the child for a stranger's.
             request.under_way = known::making_one();
+            if let (true, Some(fork)) = (runtime::is_off(), &mut request.under_way) {
+                fork.is_made();
+            }
             // SAFETY: the caller's promise.
             let (end, passed) = unsafe { once(me, &mut request) };
             let pid = match end {

@@ -14,6 +14,7 @@ use numbers::{child_with, in_a_namespace, next_pid, steal};
 use std::os::unix::process::ExitStatusExt as _;
 use std::sync::atomic::{AtomicBool, Ordering::SeqCst};
 use std::thread;
+use std::time::Duration;
 use watching::{kill, only, owner, sleep_on, sleeper, strangers, until_dead, watch, without_pidfds};
 
 fn sleeper_with(pid: u32) -> Child {
@@ -262,6 +263,46 @@ unsafe fn before_a_stranger() -> i32 {
         assert_eq!(stranger, pid.into());
     }
     pid
+}
+
+/// Child 300, which is dead when fork returns.
+unsafe fn dead() -> i32 {
+    next_pid(300);
+    // SAFETY: the caller's promise.
+    let pid = unsafe { libc::fork() };
+    if pid > 0 {
+        until_dead(pid.cast_unsigned());
+        wait_until_found();
+    }
+    pid
+}
+
+/// By number, one whose status was stolen asks before the fork that was given its number has returned.
+#[test]
+fn a_stolen_child_gets_nothing_of_a_fork_under_way() {
+    isolated_with("a_stolen_child_gets_nothing_of_a_fork_under_way", 60, without_pidfds(), || {
+        in_a_namespace(|| {
+            let reaper = Reaper::new().expect("a reaper");
+            let mut held = child_with(300, &ForkOptions::new(), 1);
+            steal(300);
+            let (mut asked, mut waits) = (None, None);
+            let mut child = amid_a_fork(
+                dead,
+                || forked(&ForkOptions::new(), |_| 55),
+                || {
+                    asked = Some(held.try_wait());
+                    waits = Some(thread::spawn(move || held.wait()));
+                    reaper.dispatch().expect("dispatch");
+                    thread::sleep(Duration::from_millis(50));
+                },
+            );
+            assert_eq!(child.id(), 300);
+            assert!(!matches!(asked, Some(Ok(Some(_)))), "another's status");
+            let waited = waits.expect("spawned").join().expect("no panic");
+            assert!(waited.is_err_and(|e| e.raw_os_error() == Some(libc::ECHILD)));
+            assert_eq!(code(&mut child), 55);
+        });
+    });
 }
 
 /// By number a stranger's pidfd is to be had, which is a child of this process too.

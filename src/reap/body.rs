@@ -180,7 +180,16 @@ impl Body {
         if !self.is_not_another() || self.pidfd().is_some_and(reaped) {
             return Err(io::Error::from_raw_os_error(libc::ECHILD));
         }
-        sys_reap::wait(Which::Pid(self.pid), how)
+        if self.pidfd.is_some() || !self.known || how == How::Peek {
+            return sys_reap::wait(Which::Pid(self.pid), how);
+        }
+        match children().reap_by_number(self.pid, self.start) {
+            // It runs: who sleeps in the kernel sleeps for this child, whoever has the number afterwards.
+            Ok(None) if how == How::Block && !matches!(self.peek(), Ok(Some(_))) => {
+                sys_reap::wait(Which::Pid(self.pid), how)
+            }
+            reaped => reaped,
+        }
     }
 
     /// Without reaping.

@@ -126,10 +126,12 @@ impl Child {
     pub fn wait(&mut self) -> io::Result<ExitStatus> {
         drop(self.stdin.take());
         orphans::reap();
+        let mut pause = FIRST_PAUSE;
         loop {
             if let Some(status) = self.look(How::Block)? {
                 return Ok(status);
             }
+            self.body.doze(u64::MAX, &mut pause)?;
         }
     }
 

@@ -15,7 +15,7 @@ use crate::sys_reap::{self, How, Which};
 use std::collections::BTreeMap;
 use std::io;
 use std::os::fd::{BorrowedFd, RawFd};
-use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering};
 
 static WANTED: AtomicBool = AtomicBool::new(false);
 
@@ -96,6 +96,8 @@ pub(crate) struct Children {
     book: Mutex<Book>,
     /// How many strangers were found. Counted under the book's lock, which is a region: it stands still while a fork copies.
     found: AtomicU64,
+    /// Forks whose child may be there and is not known yet.
+    made: AtomicUsize,
     /// Some found a stranger while a fork was under way that may have made it, and could not tell.
     strangers_wait: AtomicBool,
 }
@@ -120,6 +122,7 @@ static CHILDREN: PerProcess<Children> = PerProcess::new(|| Children {
         ticket: 1,
     }),
     found: AtomicU64::new(0),
+    made: AtomicUsize::new(0),
     strangers_wait: AtomicBool::new(false),
 });
 
@@ -143,12 +146,17 @@ pub(crate) struct UnderWay {
     generation: u64,
     /// How many strangers were found before its child was.
     found: u64,
+    made: bool,
 }
 
 impl UnderWay {
     /// Right before the child is made, with the gate shut if it is to be exact. Async-signal-safe.
     pub(crate) fn is_made(&mut self) {
-        self.found = children().found.load(Ordering::Relaxed);
+        let children = children();
+        self.found = children.found.load(Ordering::Relaxed);
+        if !std::mem::replace(&mut self.made, true) {
+            children.made.fetch_add(1, Ordering::Relaxed);
+        }
     }
 }
 
@@ -156,7 +164,11 @@ impl Drop for UnderWay {
     fn drop(&mut self) {
         // In a child the parent's.
         if self.generation == runtime::generation() {
-            children().book.lock().under_way.retain(|&t| t != self.ticket);
+            let children = children();
+            children.book.lock().under_way.retain(|&t| t != self.ticket);
+            if self.made {
+                children.made.fetch_sub(1, Ordering::Relaxed);
+            }
         }
     }
 }
@@ -204,7 +216,8 @@ impl Children {
         let ticket = book.ticket;
         book.ticket += 1;
         book.under_way.push(ticket);
-        UnderWay { ticket, generation: runtime::generation(), found: self.found.load(Ordering::Relaxed) }
+        let found = self.found.load(Ordering::Relaxed);
+        UnderWay { ticket, generation: runtime::generation(), found, made: false }
     }
 
     /// A child that was just made, or with `None` one that is written down late. Its end was found before: true.
@@ -267,6 +280,20 @@ impl Children {
 
     pub(crate) fn holder(&self, pid: u32) -> Option<Holder> {
         self.book.lock().by_pid.get(&pid).map(|k| k.holder)
+    }
+
+    /// Reaps by number the child that is known by it, if it has ended; `None` too while the number may be that of a child that is not
+    /// known yet. Under the lock, which is a region: none is made meanwhile.
+    pub(crate) fn reap_by_number(&self, pid: u32, start: u64) -> io::Result<Option<sys_reap::Ended>> {
+        let book = self.book.lock();
+        if !book.by_pid.get(&pid).is_some_and(|k| k.start == start && k.ended.is_none()) {
+            return Err(io::Error::from_raw_os_error(libc::ECHILD));
+        }
+        // A hook that waits in the middle of this thread's own fork would wait for ever.
+        if self.made.load(Ordering::Relaxed) != 0 && !runtime::in_fork() {
+            return Ok(None);
+        }
+        sys_reap::wait(Which::Pid(pid), How::Now)
     }
 
     /// Reaps the child of that number, which has ended and may be anybody's.
