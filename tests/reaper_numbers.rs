@@ -105,6 +105,35 @@ fn the_main_loops_word_ends_nobody_who_lives() {
     });
 }
 
+/// The same by number: a child that a wait would find is not the one that was waited for.
+#[test]
+fn the_main_loops_word_ends_nobody_who_lives_by_number() {
+    isolated_with("the_main_loops_word_ends_nobody_who_lives_by_number", 60, without_pidfds(), || {
+        in_a_namespace(|| {
+            let reaper = owner(SigchldOwner::MainLoop);
+            let (_, first) = watch(&reaper, child_with(300, &ForkOptions::new(), 1));
+            let status = steal(300);
+            let (watched, second) = watch(&reaper, sleeper_with(300));
+            let _stolen = child_with(301, &ForkOptions::new(), 1);
+            steal(301);
+            let mut held = sleeper_with(301);
+            assert!(reaper.reaped(300, status).is_err());
+            assert!(reaper.reaped(301, status).is_err());
+            assert!(second.is_empty() && watched.is_watched());
+            assert!(matches!(held.try_wait(), Ok(None)));
+            reaper.sigchld_occurred().expect("a look");
+            assert!(first.try_recv().is_ok_and(|exit| exit.is_lost()));
+            watched.kill().expect("ours");
+            let status = steal(300);
+            reaper.reaped(300, status).expect("known, and dead");
+            assert_eq!(second.try_recv().map(|exit| exit.signal()), Ok(Some(libc::SIGKILL)));
+            held.kill().expect("ours");
+            reaper.reaped(301, steal(301)).expect("held by hand");
+            assert_eq!(code(&mut held), -libc::SIGKILL);
+        });
+    });
+}
+
 /// pidfds that cannot be waited by, as before Linux 5.4: they tell all the same whose a number is.
 #[test]
 fn a_pidfd_that_cannot_be_waited_by_tells_whose_the_number_is() {

@@ -214,6 +214,12 @@ impl Body {
         !self.peek().is_err_and(|e| e.raw_os_error() == Some(libc::ECHILD))
     }
 
+    /// There is a child that a wait would find, and it is this one, as far as anybody can tell: whoever has a status of that number has
+    /// another's. Where waitid is refused a pidfd tells.
+    pub(crate) fn can_be_waited_for(&self) -> bool {
+        self.peek().map_or_else(|e| self.has_pidfd() && e.raw_os_error() != Some(libc::ECHILD), |_| true)
+    }
+
     /// To the child; one that has ended is left alone.
     pub(crate) fn signal(&self, signal: i32) -> io::Result<()> {
         self.check_parent()?;

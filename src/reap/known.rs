@@ -64,8 +64,9 @@ struct Stranger {
 
 impl Known {
     /// It lives, or nobody has taken its status: whoever has that number's status has another child's.
-    fn is_unreaped(&self) -> bool {
-        self.pidfd >= 0 && self.ended.is_none() && sys_reap::wait(Which::Pidfd(self.pidfd()), How::Peek).is_ok()
+    fn is_unreaped(&self, pid: u32) -> bool {
+        let which = if self.pidfd >= 0 { Which::Pidfd(self.pidfd()) } else { Which::Pid(pid) };
+        self.ended.is_none() && sys_reap::wait(which, How::Peek).is_ok()
     }
 
     fn pidfd(&self) -> BorrowedFd<'_> {
@@ -335,7 +336,7 @@ impl Children {
     pub(crate) fn hand_in(&self, pid: u32, record: Record) -> HandedIn {
         let mut book = self.book.lock();
         match book.by_pid.get_mut(&pid) {
-            Some(known) if known.is_unreaped() => return HandedIn::Unknown,
+            Some(known) if known.is_unreaped(pid) => return HandedIn::Unknown,
             Some(known) if known.ended.is_none() => {
                 known.ended = Some(Box::new(record));
                 return HandedIn::Kept;

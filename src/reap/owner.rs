@@ -183,8 +183,8 @@ impl Reaper {
     /// has not been asked between the two waits.
     ///
     /// # Errors
-    /// [`UnknownChild`] if it is not this reaper's, and not held by a [`Child`](crate::Child) either; or if that child has a pidfd by which it
-    /// lives, or can be waited for: then the status was another's with that number.
+    /// [`UnknownChild`] if it is not this reaper's, and not held by a [`Child`](crate::Child) either; or if that child can be waited for, by its
+    /// pidfd or by its number: then the status was another's with that number.
     pub fn reaped(&self, pid: u32, status: ExitStatus) -> Result<(), UnknownChild> {
         let shared = self.shared();
         let unknown = Err(UnknownChild { pid, status });
@@ -198,8 +198,7 @@ impl Reaper {
                 let Some(key) = shared.engine.key_at(index, pid) else { return Ok(()) };
                 if ends {
                     // The number may have come round again between the wait and this.
-                    if shared.engine.with(key, |entry| entry.body.has_pidfd() && entry.body.is_unreaped()) == Some(true)
-                    {
+                    if shared.engine.with(key, |entry| entry.body.can_be_waited_for()) == Some(true) {
                         return unknown;
                     }
                     shared.finish_with(key, record);
