@@ -18,13 +18,13 @@ use std::os::unix::process::ExitStatusExt as _;
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::process::ExitStatus;
 use std::sync::Arc;
-use std::sync::atomic::Ordering::SeqCst;
+use std::sync::atomic::{AtomicU64, Ordering::SeqCst};
 use std::task::{Context, Wake, Waker};
 use std::thread;
 use std::time::{Duration, Instant};
 use watching::{
-    ends_with, is_readable, kill, only, owner, run_until, sleep_on, sleeper, strangers, until_dead, watch,
-    without_pidfds,
+    ends_with, is_readable, kill, no_zombie_left, only, owner, run_until, sleep_on, sleeper, strangers, until_dead,
+    watch, without_pidfds,
 };
 
 /// The application waits for its own child.
@@ -349,6 +349,74 @@ fn dropped_without_a_pidfd_it_is_reaped_by_a_reaper_that_sleeps() {
                 reaper.dispatch().expect("dispatch");
             }
         }
+    });
+}
+
+/// What a callback owns panics as it is dropped: the others are let go all the same, and a thread that sleeps on the reaper wakes.
+#[test]
+fn a_callback_that_panics_as_it_is_dropped_is_in_nobodys_way() {
+    struct Panics;
+    impl Drop for Panics {
+        fn drop(&mut self) {
+            assert!(thread::panicking(), "on purpose");
+        }
+    }
+    isolated("a_callback_that_panics_as_it_is_dropped_is_in_nobodys_way", 60, || {
+        let reaper = Reaper::new().expect("a reaper");
+        let threads = common::thread_count();
+        let _ends = reaper.receiver().expect("a thread");
+        let children = [sleeper(), sleeper(), sleeper()];
+        let pids = children.each_ref().map(carefork::Child::id);
+        for (child, panics) in children.into_iter().zip([Some(Panics), None, Some(Panics)]) {
+            reaper.watch(child, move |_| drop(panics)).expect("watched");
+        }
+        assert!(catch_unwind(AssertUnwindSafe(|| reaper.close())).is_err());
+        pids.iter().for_each(|&pid| kill(pid, libc::SIGKILL));
+        no_zombie_left();
+        let end = Instant::now() + raw::patience(SOON);
+        while common::thread_count() != threads {
+            assert!(Instant::now() < end, "its thread sleeps");
+            thread::yield_now();
+        }
+    });
+}
+
+/// Or it forks, and the child comes back through the close: the other callbacks are the parent's.
+#[test]
+fn a_callback_that_forks_as_it_is_dropped() {
+    struct Owned(u32, &'static AtomicU64);
+    impl Drop for Owned {
+        fn drop(&mut self) {
+            if is_child(self.0) {
+                self.1.fetch_add(1, SeqCst);
+            } else {
+                // SAFETY: the child comes back to the test, which ends it.
+                assert!(unsafe { libc::fork() } >= 0);
+            }
+        }
+    }
+    isolated("a_callback_that_forks_as_it_is_dropped", 60, || {
+        let reaper = Reaper::new().expect("a reaper");
+        let (parent, there) = (raw::getpid().cast_unsigned(), &shared()[0]);
+        let children = [sleeper(), sleeper()];
+        let pids = children.each_ref().map(carefork::Child::id);
+        for child in children {
+            let owned = Owned(parent, there);
+            reaper.watch(child, move |_| drop(owned)).expect("watched");
+        }
+        let owned = Owned(parent, there);
+        reaper.on_unknown(move |_| {
+            let _owned = &owned;
+            Claim::NotMine
+        });
+        drop(reaper);
+        if is_child(parent) {
+            raw::exit_now(0);
+        }
+        pids.iter().for_each(|&pid| kill(pid, libc::SIGKILL));
+        // SAFETY: no status is asked for.
+        while unsafe { libc::wait(std::ptr::null_mut()) } > 0 {}
+        assert_eq!(there.load(SeqCst), 0);
     });
 }
 

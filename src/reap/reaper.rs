@@ -1,6 +1,6 @@
 //! `Reaper`: one callback for each child, exactly once, for any event loop or none.
 
-use super::engine::{Engine, Key};
+use super::engine::{Engine, Entry, Key};
 use super::exit::Exit;
 use super::owner::{self, Owner, UnknownFn};
 use super::per_process::PerProcess;
@@ -10,10 +10,12 @@ use super::{channel, orphans};
 use crate::locks::Mutex;
 use crate::reap::child::Child;
 use crate::sys_reap;
+use std::any::Any;
 use std::fmt;
 use std::io;
 use std::mem::ManuallyDrop;
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd, RawFd};
+use std::panic::{AssertUnwindSafe, catch_unwind, resume_unwind};
 use std::sync::atomic::{AtomicBool, AtomicU32, Ordering};
 use std::sync::{Arc, Weak};
 
@@ -80,6 +82,9 @@ impl Drop for Handle {
     fn drop(&mut self) {
         if self.0.is_ours() {
             self.0.close();
+        }
+        // Asked again: closing runs destructors, which may fork.
+        if self.0.is_ours() {
             // SAFETY: dropped once, here. In a child nothing is: what callbacks own is the parent's, and a thread that is gone may
             // have the channel's locks.
             #[allow(unsafe_code)]
@@ -254,7 +259,7 @@ impl Shared {
                 self.timer.rearm(self);
                 if self.is_closed() {
                     // Closed meanwhile: whoever comes later empties the table.
-                    self.abandon();
+                    self.abandon(None);
                 }
                 Ok(Watched::new(self, key, pid))
             }
@@ -333,20 +338,39 @@ impl Shared {
             return;
         }
         owner::leave(self);
-        // It may own a handle of this reaper, which would keep it, and itself, for ever.
-        let _unknown = self.unknown.lock().take();
         self.channel.close();
-        self.abandon();
-        self.timer.ring();
+        // It may own a handle of this reaper, which would keep it, and itself, for ever.
+        let unknown = self.unknown.lock().take();
+        self.abandon(unknown);
     }
 
-    fn abandon(&self) {
-        for entry in self.engine.drain() {
+    fn abandon(&self, unknown: Option<Arc<UnknownFn>>) {
+        let adopted = |entry: Entry<Then>| {
             let (body, then) = entry.abandon();
             orphans::adopt(body);
-            // Here, where no lock is held: what a callback owns may be anything.
-            drop(then);
+            then
+        };
+        let thens: Vec<Then> = self.engine.drain().into_iter().map(adopted).collect();
+        self.timer.ring();
+        // Last, where no lock is held: what callbacks own may be anything.
+        let mut panic = self.let_go(unknown);
+        for then in thens {
+            panic = panic.or(self.let_go(then));
         }
+        if let Some(payload) = panic {
+            resume_unwind(payload);
+        }
+    }
+
+    /// Drops what is a callback's; its panic, which is to keep none of the others. Its destructor may fork, and the child come back
+    /// here: the others are its parent's, and none is dropped there.
+    fn let_go<T>(&self, owned: T) -> Option<Box<dyn Any + Send>> {
+        if !self.is_ours() {
+            #[allow(clippy::mem_forget)]
+            std::mem::forget(owned);
+            return None;
+        }
+        catch_unwind(AssertUnwindSafe(|| drop(owned))).err()
     }
 }
 
