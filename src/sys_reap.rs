@@ -25,6 +25,7 @@ pub(crate) enum Which<'a> {
 /// How to wait for it.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum How {
+    /// `None` all the same if the pidfd is non-blocking: poll it.
     Block,
     Now,
     /// Without blocking and without reaping.
@@ -63,6 +64,8 @@ pub(crate) fn wait(which: Which<'_>, how: How) -> io::Result<Option<Ended>> {
     let waited = retry(|| unsafe { libc::syscall(libc::SYS_waitid, kind, id, &raw mut info, flags, &raw mut usage) });
     match waited {
         Ok(_) => {}
+        // An event loop has made the pidfd non-blocking (Linux 5.10): it has not ended.
+        Err(e) if e.raw_os_error() == Some(libc::EAGAIN) => return Ok(None),
         // A filter, or Linux 5.3, which has pidfds and cannot wait by them. For another's exact child by number there is no second way.
         Err(e) => {
             return match (e.raw_os_error(), which) {

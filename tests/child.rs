@@ -182,6 +182,26 @@ fn the_pidfd_is_the_childs_and_is_not_inherited() {
     });
 }
 
+/// As event loops make what they watch (`async_io::Async::new`).
+#[test]
+fn a_pidfd_that_was_made_non_blocking() {
+    isolated("a_pidfd_that_was_made_non_blocking", 20, || {
+        let mut child = sleeper();
+        let Some(fd) = child.pidfd().map(|fd| fd.as_raw_fd()) else { return };
+        // SAFETY: a flag of this descriptor.
+        assert_eq!(unsafe { libc::fcntl(fd, libc::F_SETFL, libc::O_NONBLOCK) }, 0);
+        let pid = child.id() as i32;
+        thread::scope(|s| {
+            let waits = s.spawn(|| child.wait());
+            thread::sleep(Duration::from_millis(50));
+            assert!(!waits.is_finished());
+            // SAFETY: a child of ours that nobody has reaped.
+            unsafe { libc::kill(pid, libc::SIGKILL) };
+            assert_eq!(waits.join().expect("no panic").expect("a status").signal(), Some(libc::SIGKILL));
+        });
+    });
+}
+
 /// C6: the parent's children are not the child's.
 #[test]
 fn in_a_child_the_parents_children_are_nobodys() {
