@@ -257,6 +257,51 @@ fn a_group_goes_with_its_leader_whoever_reaps_it() {
     });
 }
 
+/// The same by number, where the leader ends at whatever moment of a look at it.
+#[test]
+fn a_group_goes_with_its_leader_by_number() {
+    isolated_with("a_group_goes_with_its_leader_by_number", 120, watching::without_pidfds(), || {
+        let reaper = Reaper::new().expect("a reaper");
+        for round in 0..30 {
+            let [leads, member] = [0, 1].map(|i| &kit::shared()[i]);
+            let leader = forked(&ForkOptions::new().new_session(true), |token| {
+                drop(token);
+                kit::ignore(libc::SIGTERM);
+                drop(forked(&ForkOptions::new(), |_| {
+                    member.store(u64::from(raw::getpid().cast_unsigned()), SeqCst);
+                    sleep_on()
+                }));
+                while leads.load(SeqCst) == 0 {
+                    thread::yield_now();
+                }
+                let end = Instant::now() + Duration::from_micros(500 + 37 * round);
+                while Instant::now() < end {
+                    std::hint::spin_loop();
+                }
+                0
+            });
+            while member.load(SeqCst) == 0 {
+                thread::yield_now();
+            }
+            let (watched, exits) = watch(&reaper, leader);
+            watched.terminate(Duration::from_secs(3600)).expect("ours");
+            leads.store(1, SeqCst);
+            while exits.is_empty() {
+                reaper.dispatch().expect("dispatch");
+            }
+            let stat = format!("/proc/{}/stat", member.load(SeqCst));
+            let end = Instant::now() + Duration::from_millis(500);
+            let lives = || std::fs::read_to_string(&stat).is_ok_and(|stat| !stat.contains(") Z "));
+            while lives() && Instant::now() < end {
+                thread::yield_now();
+            }
+            let lives = lives();
+            kill(member.load(SeqCst).try_into().expect("a pid"), libc::SIGKILL);
+            assert!(!lives, "a member of the group lives on");
+        }
+    });
+}
+
 /// Linux 5.3: pidfds, but no waiting by them.
 #[test]
 fn owners_where_pidfds_cannot_be_waited_by() {

@@ -137,12 +137,19 @@ impl Body {
     }
 
     /// When it has ended: before it is reaped, as long as the group's number is its own; and after somebody else has reaped it, if its
-    /// pidfd tells the group from others (Linux 6.9).
-    pub(crate) fn end_group(&self) {
-        if self.ending && self.leads && self.has_died() {
-            // Nobody left is as good as killed.
-            drop(self.signal_all(libc::SIGKILL));
+    /// pidfd tells the group from others (Linux 6.9). False if it lives: should it end this instant, it keeps its number until the group
+    /// was killed.
+    pub(crate) fn end_group(&self) -> bool {
+        if !self.ending || !self.leads {
+            return true;
         }
+        match self.peek() {
+            Ok(None) => return false,
+            Err(e) if e.raw_os_error() != Some(libc::ECHILD) => {}
+            // Nobody left is as good as killed.
+            _ => drop(self.signal_all(libc::SIGKILL)),
+        }
+        true
     }
 
     /// Reaps the child if it has ended, or waits for that. A status that is gone is a record of its own.

@@ -315,10 +315,8 @@ impl<T> Engine<T> {
         let Some(entry) = table.at(key) else { return Ok(None) };
         let record = match entry.record.take() {
             Some(record) => Some(*record),
-            None => {
-                entry.body.end_group();
-                entry.body.look(How::Now)?
-            }
+            None if entry.body.end_group() => entry.body.look(How::Now)?,
+            None => None,
         };
         let Some(record) = record else {
             // A pidfd that is readable before the child can be waited for: a debugger waits first. It would fire on and on.
