@@ -321,6 +321,32 @@ fn groups_are_signalled_without_pidfds() {
     isolated_with("groups_are_signalled_without_pidfds", 60, without_pidfds(), groups);
 }
 
+/// A reaper that is closed kills nobody any more: nor does whoever reaps the leader that it asked to end.
+#[test]
+fn a_closed_reaper_kills_no_group() {
+    isolated("a_closed_reaper_kills_no_group", 60, || {
+        notes();
+        let leader = forked(&ForkOptions::new().new_session(true), |token| {
+            drop(token);
+            drop(forked(&ForkOptions::new(), |_| hears(libc::SIGTERM, 1)));
+            hears(libc::SIGTERM, 0)
+        });
+        let [pid, member] = [hearer(0), hearer(1)];
+        let reaper = Reaper::new().expect("a reaper");
+        let (watched, _exits) = watch(&reaper, leader);
+        watched.terminate(Duration::from_secs(3600)).expect("ours");
+        has_heard(0, 1);
+        has_heard(1, 1);
+        reaper.close();
+        kill(pid, libc::SIGKILL);
+        no_zombie_left();
+        kill(member, libc::SIGTERM);
+        has_heard(1, 2);
+        kill(member, libc::SIGKILL);
+        assert_no_child();
+    });
+}
+
 static CALLED: AtomicU32 = AtomicU32::new(0);
 static SEEN: AtomicU32 = AtomicU32::new(0);
 const USR2_BLOCKED: u32 = 1;

@@ -275,6 +275,11 @@ impl Body {
         self.signal_all(libc::SIGCONT)
     }
 
+    /// Who asked it to end has gone: nobody is killed after it.
+    pub(crate) fn spare_group(&mut self) {
+        self.ending = false;
+    }
+
     /// Sleeps until the child may have ended, at most `left` ns; `pause` grows where nothing tells of it.
     pub(crate) fn doze(&self, left: u64, pause: &mut u64) -> io::Result<()> {
         match self.pidfd() {

@@ -59,7 +59,8 @@ fn split(key: Key) -> (usize, u32) {
 
 impl<T> Entry<T> {
     /// For somebody else to reap.
-    pub(crate) fn abandon(self) -> (Body, T) {
+    pub(crate) fn abandon(mut self) -> (Body, T) {
+        self.body.spare_group();
         self.body.hold(Holder::Asks);
         (self.body, self.then)
     }
