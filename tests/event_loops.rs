@@ -120,3 +120,21 @@ fn a_child_leaves_tokios_epoll_alone() {
         });
     });
 }
+
+/// C6: nor does it get the end of a child that the parent had waited for.
+#[test]
+fn in_a_child_the_parents_children_do_not_end() {
+    isolated("in_a_child_the_parents_children_do_not_end", 30, || {
+        let ends = |child: &mut carefork::Child| {
+            let runtime = ::tokio::runtime::Builder::new_current_thread().enable_io().build().expect("a runtime");
+            runtime.block_on(child.ended())
+        };
+        let mut waited = kit::forked(&carefork::ForkOptions::new(), |_| 7);
+        assert_eq!(kit::code(&mut waited), 7);
+        let mut child = kit::forked(&carefork::ForkOptions::new(), |_| {
+            i32::from(!ends(&mut waited).is_err_and(|e| e.raw_os_error() == Some(libc::ECHILD)))
+        });
+        assert_eq!(kit::code(&mut child), 0);
+        assert_eq!(ends(&mut waited).expect("an end").code(), Some(7));
+    });
+}

@@ -102,6 +102,8 @@ impl Child {
     /// # Ok::<(), Box<dyn std::error::Error>>(())
     /// ```
     pub async fn ended(&mut self) -> io::Result<Exit> {
+        // Of one that was waited for, too.
+        self.check_parent()?;
         let mut told = false;
         loop {
             match (self.try_wait(), self.exit()) {
