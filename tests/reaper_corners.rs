@@ -227,6 +227,11 @@ fn without_children_nothing_is_owned() {
             reaper.sigchld_occurred().expect("a look");
         }
         assert_eq!(reaper.sigchld(), Sigchld::Free);
+        let child = ends_with(1);
+        let pid = child.id();
+        let (_, exits) = watch(&reaper, child);
+        reaper.reaped(pid, wait_for(pid.cast_signed())).expect("ours");
+        assert_eq!((exits.len(), reaper.sigchld()), (1, Sigchld::Free));
         reaper.watch(ends_with(1), |_| panic!("on purpose")).expect("watched");
         while !reaper.is_empty() {
             drop(catch_unwind(AssertUnwindSafe(|| reaper.dispatch())));

@@ -193,6 +193,7 @@ impl Reaper {
         }
         let ends = status.code().is_some() || status.signal().is_some();
         let record = Record::new(Ending::from_raw(status.into_raw()));
+        let _after = After(shared);
         match children().holder(pid) {
             Some(Holder::Reaper { reaper, index }) if reaper == shared.id => {
                 let Some(key) = shared.engine.key_at(index, pid) else { return Ok(()) };
