@@ -331,6 +331,25 @@ fn an_owner_that_cannot_look_for_strangers_tells_of_its_own() {
     });
 }
 
+/// The owner becomes the main loop in a callback: the other children are left to it.
+#[test]
+fn a_callback_hands_the_rest_to_the_main_loop() {
+    isolated("a_callback_hands_the_rest_to_the_main_loop", 60, || {
+        let reaper = Reaper::new().expect("a reaper");
+        let children = [ends_with(0), ends_with(1), ends_with(2)];
+        let pids = children.each_ref().map(carefork::Child::id);
+        for child in children {
+            let own = reaper.clone();
+            reaper.watch(child, move |_| own.set_owner(SigchldOwner::MainLoop).expect("owned")).expect("watched");
+        }
+        pids.iter().for_each(|&pid| until_dead(pid));
+        assert_eq!(reaper.dispatch().expect("dispatch"), 1);
+        assert!(!is_readable(&reaper));
+        assert_eq!((reaper.dispatch().expect("dispatch"), reaper.len()), (0, 2));
+        assert_eq!(reaper.sigchld_occurred().expect("a look"), 2);
+    });
+}
+
 // -- the rest
 
 /// A reaper sleeps beside it: nobody else will look.

@@ -304,11 +304,13 @@ impl Shared {
         told
     }
 
-    /// Every child of this reaper that has ended.
+    /// Every child of this reaper that has ended. A callback may leave the others to the main loop.
     pub(crate) fn reap_own(self: &Arc<Self>) -> io::Result<usize> {
+        let reaps_itself = || self.owner.lock().reaps_itself();
+        let before = reaps_itself();
         let reaped = self.engine.dispatch(|exit, then| {
             self.deliver(exit, then);
-            self.is_ours() && !self.is_closed()
+            self.is_ours() && !self.is_closed() && (reaps_itself() || !before)
         });
         self.check_ours()?;
         reaped
