@@ -190,6 +190,43 @@ fn a_stranger_found_during_a_fork_is_told_of_after_it() {
     });
 }
 
+/// The same where its finder gives up meanwhile: whoever is there still says so, and has its rest then.
+#[test]
+fn a_stranger_whose_finder_gives_up_is_told_of() {
+    isolated("a_stranger_whose_finder_gives_up_is_told_of", 60, || {
+        for closes in [false, true] {
+            let reaper = owner(SigchldOwner::Always);
+            let other = owner(SigchldOwner::Selective);
+            let pid = foreign(|| 7);
+            wait_for_zombie(pid);
+            let in_the_way = kit::InRegion::new("in the way");
+            thread::scope(|s| {
+                let forks = s.spawn(|| forked(&ForkOptions::new().timeout_never(), |_| sleep_on()).id());
+                while carefork::try_no_forking().is_some() {
+                    thread::yield_now();
+                }
+                reaper.dispatch().expect("dispatch");
+                if closes {
+                    reaper.close();
+                } else {
+                    reaper.set_owner(SigchldOwner::Nobody).expect("given up");
+                }
+                drop(in_the_way);
+                kill(forks.join().expect("no panic"), libc::SIGKILL);
+            });
+            let said = kit::captured(2, || {
+                raw::poll_readable(&mut [raw::pollfd(other.as_raw_fd())], SOON);
+                other.dispatch().expect("dispatch");
+            });
+            assert!(said.contains(&format!("child {pid} exited with code 7")), "{said}");
+            no_zombie_left();
+            other.dispatch().expect("dispatch");
+            thread::sleep(Duration::from_millis(30));
+            assert!(!is_readable(&other), "woken for nothing");
+        }
+    });
+}
+
 /// Children that were dropped before anybody owned the signal are carefork's, not strangers, at whatever moment they end.
 #[test]
 fn orphans_from_before_are_no_strangers() {

@@ -57,7 +57,7 @@ struct Stranger {
     found: u64,
     /// It is the n-th that was found: a child that was born when there were as many is not it.
     nth: u64,
-    /// The main loop brought it, and was told that nobody knows it.
+    /// Nobody is to be told of it: the main loop brought it, and was told that nobody knows it; or it would have been ignored.
     refused: bool,
     record: Box<Record>,
 }
@@ -99,7 +99,7 @@ pub(crate) struct Children {
     found: AtomicU64,
     /// Forks whose child may be there and is not known yet.
     made: AtomicUsize,
-    /// Some found a stranger while a fork was under way that may have made it, and could not tell.
+    /// There are strangers to be told of; those that a fork under way may have made, later.
     strangers_wait: AtomicBool,
 }
 
@@ -197,6 +197,11 @@ pub(crate) fn forget_thrown_away(pid: u32, fork: Option<&UnderWay>) {
     }
 }
 
+/// There are strangers to be told of, now or when the forks that may have made them are over.
+pub(crate) fn strangers_wait() -> bool {
+    is_wanted() && children().strangers_wait.load(Ordering::Relaxed)
+}
+
 impl Book {
     /// Takes out the strangers of which `which` is true and that no fork under way can have made.
     fn settled(&mut self, which: impl Fn(&Stranger) -> bool) -> impl Iterator<Item = Stranger> {
@@ -207,6 +212,13 @@ impl Book {
 
 impl Children {
     fn keep(&self, book: &mut Book, pid: u32, refused: bool, record: Box<Record>) {
+        book.settled(|s| s.refused).for_each(drop);
+        if refused && book.under_way.is_empty() {
+            return;
+        }
+        if !refused {
+            self.strangers_wait.store(true, Ordering::Relaxed);
+        }
         let nth = self.found.fetch_add(1, Ordering::Relaxed) + 1;
         book.strangers.push(Stranger { pid, found: book.ticket, nth, refused, record });
     }
@@ -301,7 +313,9 @@ impl Children {
     ///
     /// All under the lock: a holder that finds its child gone asks here next, and must not come too early. One that is known by a
     /// pidfd is reaped by it: where the number has come round again, that says so.
-    pub(crate) fn reap_found(&self, pid: u32) -> io::Result<()> {
+    ///
+    /// If it turns out to be nobody's, that is told if `tell` says so, or it is as if it had been ignored.
+    pub(crate) fn reap_found(&self, pid: u32, tell: bool) -> io::Result<()> {
         let mut book = self.book.lock();
         let book = &mut *book;
         if let Some(known) = book.by_pid.get_mut(&pid).filter(|k| k.ended.is_none() && k.pidfd >= 0) {
@@ -327,7 +341,7 @@ impl Children {
         match book.by_pid.get_mut(&pid) {
             Some(known) if known.ended.is_none() => known.ended = Some(record),
             // Of the status that lies there the number was before.
-            _ => self.keep(book, pid, false, record),
+            _ => self.keep(book, pid, !tell, record),
         }
         Ok(())
     }
@@ -343,22 +357,14 @@ impl Children {
             }
             _ => {}
         }
-        book.settled(|s| s.refused).for_each(drop);
-        if !book.under_way.is_empty() {
-            self.keep(&mut book, pid, true, Box::new(record));
-        }
+        self.keep(&mut book, pid, true, Box::new(record));
         HandedIn::Unknown
-    }
-
-    /// The last look for strangers came while a fork was under way that may have made some.
-    pub(crate) fn strangers_wait(&self) -> bool {
-        self.strangers_wait.load(Ordering::Relaxed)
     }
 
     /// Those whom nobody will come for: every fork that may have made them is over.
     pub(crate) fn strangers(&self) -> Vec<(u32, Record)> {
         let mut book = self.book.lock();
-        let settled = book.settled(|s| !s.refused).map(|s| (s.pid, *s.record)).collect();
+        let settled = book.settled(|_| true).filter(|s| !s.refused).map(|s| (s.pid, *s.record)).collect();
         self.strangers_wait.store(book.strangers.iter().any(|s| !s.refused), Ordering::Relaxed);
         settled
     }

@@ -75,9 +75,10 @@ impl Owner {
         self.mode != SigchldOwner::MainLoop
     }
 
-    /// It does not hear the handler; or a stranger was found that might be the child of a fork under way, and nothing tells of the end of that.
+    /// It does not hear the handler; or a stranger was found that might be the child of a fork under way, and nothing tells of the end of
+    /// that. Whoever found it may have given up since: any reaper will do.
     pub(crate) fn has_to_look_again(&self) -> bool {
-        self.holds && self.deaf || (self.holds || self.mode.reaps_all()) && children().strangers_wait()
+        self.holds && self.deaf || known::strangers_wait()
     }
 
     /// By a reaper that holds.
@@ -267,6 +268,11 @@ pub(crate) fn leave(shared: &Arc<Shared>) {
     owner.mode = SigchldOwner::Nobody;
     // Giving up cannot fail.
     drop(adjust(shared, &mut owner));
+    drop(owner);
+    if known::strangers_wait() {
+        // Others tell of them.
+        reaper::rearm_all();
+    }
 }
 
 /// What the signal is for: drains it, and reaps every child where that is asked for. This reaper's among them are for its own
@@ -290,19 +296,19 @@ pub(crate) fn before_dispatch(shared: &Arc<Shared>) -> io::Result<()> {
     }
     // Whoever has drained the socket does what any owner wants: the others are not woken any more.
     let reaps = |r: &Shared| r.owner.lock().mode.reaps_all_now(r.engine.live() > 0);
-    if reaps(shared) || holds && reaper::all().iter().any(|r| reaps(r)) {
-        let reaped = reap_all();
-        offer_all(children().strangers())?;
-        reaped?;
-    } else if mode.reaps_all() {
-        // Found by then, and not settled.
-        offer_all(children().strangers())?;
+    let reaped = if reaps(shared) || holds && reaper::all().iter().any(|r| reaps(r)) {
+        reap_all(true)
     } else if mode == SigchldOwner::Selective && sigchld::would_be_ignored() {
         // Without our handler the kernel would have thrown these away.
-        reap_all()?;
-        drop(children().strangers());
+        reap_all(false)
+    } else {
+        Ok(())
+    };
+    // Whoever found them: an owner that has given up since, perhaps.
+    if known::strangers_wait() {
+        offer_all(children().strangers())?;
     }
-    Ok(())
+    reaped
 }
 
 /// All that hold the handler hear its new socket, and no more the old one, where that is there still.
@@ -327,11 +333,11 @@ fn hear_new(old: Option<CareFd<OwnedFd>>) -> io::Result<()> {
 }
 
 /// Reaps every child of this process that has ended. What carefork knows goes to its holder, when that asks; strangers wait in
-/// `known`.
-fn reap_all() -> io::Result<()> {
+/// `known`, to be told of if `tell` says so.
+fn reap_all(tell: bool) -> io::Result<()> {
     loop {
         match sys_reap::wait(sys_reap::Which::Any, sys_reap::How::Peek) {
-            Ok(Some(ended)) => children().reap_found(ended.pid)?,
+            Ok(Some(ended)) => children().reap_found(ended.pid, tell)?,
             Ok(None) => return Ok(()),
             Err(e) if e.raw_os_error() == Some(libc::ECHILD) => return Ok(()),
             Err(e) => return Err(e),

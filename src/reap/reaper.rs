@@ -117,7 +117,7 @@ pub(crate) fn all() -> Vec<Arc<Shared>> {
     ALL.get().reapers.lock().iter().filter_map(Weak::upgrade).collect()
 }
 
-fn rearm_all() {
+pub(crate) fn rearm_all() {
     all().iter().for_each(|r| r.timer.rearm(r));
 }
 
