@@ -64,7 +64,7 @@ fn a_number_that_was_given_up_is_nobodys() {
             always.dispatch().expect("dispatch");
             for pid in [300, 301] {
                 next_pid(pid);
-                assert_eq!(foreign(|| sleep_on()).cast_unsigned(), pid);
+                assert_eq!(foreign(sleep_on).cast_unsigned(), pid);
             }
             held.kill().expect("left alone");
             watched.kill().expect("left alone");

@@ -227,6 +227,29 @@ fn a_stranger_whose_finder_gives_up_is_told_of() {
     });
 }
 
+/// SIGCHLD was ignored, and is again: who ended meanwhile, and was not seen, stays no zombie.
+#[test]
+fn ignored_again_it_leaves_no_zombies() {
+    isolated("ignored_again_it_leaves_no_zombies", 60, || {
+        install(libc::SIG_IGN, 0);
+        for mode in [SigchldOwner::Selective, SigchldOwner::Always] {
+            let reaper = owner(mode);
+            wait_for_zombie(foreign(|| 7));
+            reaper.set_owner(SigchldOwner::Nobody).expect("given up");
+            assert_no_child();
+        }
+        // With its last child; who owned it until then is asked.
+        let reaper = owner(SigchldOwner::WhileChildren);
+        let unknown = strangers(&reaper);
+        let then = |_| wait_for_zombie(foreign(|| 7));
+        reaper.watch(ends_with(3), then).expect("watched");
+        run_until(&reaper, || reaper.is_empty());
+        assert_eq!((reaper.sigchld(), disposition(libc::SIGCHLD).0), (Sigchld::Free, libc::SIG_IGN));
+        assert_no_child();
+        assert_eq!(only(&reaper, &unknown).code(), Some(7));
+    });
+}
+
 /// Children that were dropped before anybody owned the signal are carefork's, not strangers, at whatever moment they end.
 #[test]
 fn orphans_from_before_are_no_strangers() {

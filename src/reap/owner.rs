@@ -243,12 +243,18 @@ fn adjust(shared: &Arc<Shared>, owner: &mut Owner) -> io::Result<()> {
     let wants = !shared.is_closed() && owner.mode.wants_signal(shared.engine.live() > 0);
     if wants && !owner.holds {
         sigchld::acquire()?;
-        owner.hear_handler(shared).inspect_err(|_| sigchld::release())?;
+        owner.hear_handler(shared).inspect_err(|_| {
+            sigchld::release();
+        })?;
         owner.holds = true;
     } else if !wants && owner.holds {
         owner.holds = false;
         sigchld::with_reader(|fd| shared.hear_no_more(fd));
-        sigchld::release();
+        if sigchld::release() {
+            // Ignored from now on: for those that ended under our handler no signal comes any more. Who wants it while there are children
+            // is there to tell of them.
+            drop(reap_all(owner.mode == SigchldOwner::WhileChildren));
+        }
     }
     Ok(())
 }

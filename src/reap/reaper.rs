@@ -383,8 +383,8 @@ impl Drop for After<'_> {
     fn drop(&mut self) {
         // In a child the alarm is its parent's.
         if self.0.is_ours() {
-            self.0.timer.rearm(self.0);
             owner::children_changed(self.0);
+            self.0.timer.rearm(self.0);
         }
     }
 }

@@ -167,16 +167,19 @@ pub(crate) fn acquire() -> io::Result<()> {
     Ok(())
 }
 
-/// One user less; the last puts back what was there.
-pub(crate) fn release() {
+/// One user less; the last puts back what was there. True if children are ignored now that were not.
+pub(crate) fn release() -> bool {
     let mut state = STATE.get().lock();
     // 0 in a child that gives up what was its parent's.
-    let Some(users) = state.users.checked_sub(1) else { return };
+    let Some(users) = state.users.checked_sub(1) else { return false };
     state.users = users;
-    if users == 0 {
-        HANDLER.generation.store(u64::MAX, Release);
-        HANDLER.displaced.store(!put_back(), Release);
+    if users > 0 {
+        return false;
     }
+    let ignored = would_be_ignored();
+    HANDLER.generation.store(u64::MAX, Release);
+    HANDLER.displaced.store(!put_back(), Release);
+    ignored
 }
 
 fn make_pair() -> io::Result<(CareFd<OwnedFd>, CareFd<OwnedFd>)> {
