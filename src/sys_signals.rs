@@ -85,11 +85,13 @@ pub(crate) fn disposition(signal: i32) -> KernelAction {
     now
 }
 
-/// Puts back what `disposition` said, to the last bit.
-pub(crate) fn put_disposition(signal: i32, action: &KernelAction) {
-    let a = [signal as usize, std::ptr::from_ref(action) as usize, 0, size_of::<SigSet>(), 0, 0];
-    // SAFETY: `action` has the kernel's layout, and the kernel had it from whoever may install such a handler.
+/// Puts back what `disposition` said, to the last bit; what was there.
+pub(crate) fn put_disposition(signal: i32, action: &KernelAction) -> KernelAction {
+    let mut was = KernelAction { handler: libc::SIG_DFL, flags: 0, restorer: 0, mask: 0 };
+    let a = [signal as usize, std::ptr::from_ref(action) as usize, &raw mut was as usize, size_of::<SigSet>(), 0, 0];
+    // SAFETY: both have the kernel's layout and are live, and the kernel had `action` from whoever may install such a handler.
     unsafe { raw(libc::SYS_rt_sigaction, a) };
+    was
 }
 
 pub(crate) fn is_caught(signal: i32) -> bool {

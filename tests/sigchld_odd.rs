@@ -544,6 +544,52 @@ fn handlers_change_among_signals() {
     });
 }
 
+/// A handler that another thread installs at whatever moment of ours coming and going stays, or is called by ours.
+#[test]
+fn a_handler_is_installed_at_that_moment() {
+    const ROUNDS: u32 = 5000;
+    static OTHER: AtomicU32 = AtomicU32::new(0);
+    extern "C" fn other(_: i32) {
+        OTHER.fetch_add(1, SeqCst);
+    }
+    isolated("a_handler_is_installed_at_that_moment", 120, || {
+        let reaper = Reaper::new().expect("a reaper");
+        let (asked, done) = (AtomicU32::new(0), AtomicU32::new(0));
+        let wait_for = |count: &AtomicU32, value: u32| {
+            while count.load(SeqCst) != value {
+                thread::yield_now();
+            }
+        };
+        thread::scope(|s| {
+            s.spawn(|| {
+                for turn in 1..=2 * ROUNDS {
+                    wait_for(&asked, turn);
+                    let mode = if turn % 2 == 1 { SigchldOwner::Always } else { SigchldOwner::Nobody };
+                    reaper.set_owner(mode).expect("owned");
+                    done.store(turn, SeqCst);
+                }
+            });
+            let mut lost = 0;
+            for turn in 1..=2 * ROUNDS {
+                let (handler, heard) = if turn % 2 == 1 {
+                    install(libc::SIG_DFL, 0);
+                    (plain as *const () as usize, &PLAIN)
+                } else {
+                    (other as *const () as usize, &OTHER)
+                };
+                asked.store(turn, SeqCst);
+                (0..turn % 200).for_each(|_| std::hint::spin_loop());
+                install(handler, libc::SA_RESTART);
+                wait_for(&done, turn);
+                let seen = heard.load(SeqCst);
+                signal_here();
+                lost += u32::from(heard.load(SeqCst) == seen);
+            }
+            assert_eq!(lost, 0);
+        });
+    });
+}
+
 /// A main loop that keeps its waits to itself is not woken for children without a pidfd, which somebody else would have to ask for; and
 /// they are asked for again when it gives that up.
 #[test]

@@ -234,6 +234,7 @@ fn install() {
     let (flags, mask) = if handled { (now.flags as i32, now.mask) } else { (alone, 0) };
     // SAFETY: sigaction is plain data.
     let mut ours: libc::sigaction = unsafe { std::mem::zeroed() };
+    let mut was = ours;
     ours.sa_sigaction = address();
     // Theirs is called under the mask it was installed with, for stops only if it wanted them, interrupts what it did before, and has
     // as much room: an alternate stack may be a small one.
@@ -241,7 +242,13 @@ fn install() {
     // SAFETY: sa_mask is at least eight bytes, aligned for a word, and plain bits.
     unsafe { (&raw mut ours.sa_mask).cast::<u64>().write(mask) };
     // SAFETY: a handler that keeps to what handlers may do, in code that is never unloaded.
-    unsafe { libc::sigaction(libc::SIGCHLD, &raw const ours, std::ptr::null_mut()) };
+    unsafe { libc::sigaction(libc::SIGCHLD, &raw const ours, &raw mut was) };
+    if was.sa_sigaction != now.handler {
+        // Another thread has installed it since we looked, and ours does not call it.
+        // SAFETY: as libc had it a moment ago.
+        unsafe { libc::sigaction(libc::SIGCHLD, &raw const was, std::ptr::null_mut()) };
+        install();
+    }
 }
 
 /// False if somebody's handler lies over ours.
@@ -250,7 +257,12 @@ fn put_back() -> bool {
         return false;
     }
     if let Some(before) = Before::get() {
-        sys_signals::put_disposition(libc::SIGCHLD, &before.action());
+        let was = sys_signals::put_disposition(libc::SIGCHLD, &before.action());
+        if !is_ours(&was) {
+            // Another thread has installed it since we looked.
+            sys_signals::put_disposition(libc::SIGCHLD, &was);
+            return false;
+        }
     }
     true
 }
