@@ -188,10 +188,13 @@ impl<T> Engine<T> {
         let mut table = self.table.lock();
         let key = table.vacant();
         let mut asks = record.is_some() || !body.has_pidfd();
+        // First: whoever the epoll wakes must not find that there is nobody, and sleep on.
+        self.live.fetch_add(1, Ordering::Relaxed);
         if !asks
             && let (Some(epoll), Some(fd)) = (self.watching(), body.pidfd())
             && let Err(e) = sys_reap::epoll_add(epoll, fd, key)
         {
+            self.live.fetch_sub(1, Ordering::Relaxed);
             table.free.push(split(key).0 as u32);
             return Err((body, then, e));
         }
@@ -219,7 +222,6 @@ impl<T> Engine<T> {
             table.ask.push(key);
             self.asking.fetch_add(1, Ordering::Relaxed);
         }
-        self.live.fetch_add(1, Ordering::Relaxed);
         Ok(key)
     }
 
