@@ -15,7 +15,7 @@ use std::os::fd::AsRawFd as _;
 use std::sync::atomic::Ordering::SeqCst;
 use std::thread;
 use std::time::{Duration, Instant};
-use watching::{ends_with, is_readable, kill, no_zombie_left, only, sleeper, watch};
+use watching::{ends_with, is_readable, kill, no_zombie_left, only, owner, sleeper, until_dead, watch};
 
 /// Takes every descriptor that this process may have.
 fn take_all() -> Vec<File> {
@@ -181,5 +181,27 @@ fn a_refused_child_comes_back_whole() {
         child.stdout.as_mut().expect("its pipe").read_to_string(&mut said).expect("read");
         assert_eq!(said, "hello");
         assert!(child.wait().expect("a status").success());
+    });
+}
+
+/// Another reaper has taken its status, and there is no descriptor for the alarm that would tell of that.
+#[test]
+fn a_status_from_before_the_watch_is_told_of() {
+    isolated("a_status_from_before_the_watch_is_told_of", 60, || {
+        let always = owner(SigchldOwner::Always);
+        for mode in [SigchldOwner::Nobody, SigchldOwner::MainLoop] {
+            let reaper = owner(mode);
+            let child = ends_with(5);
+            until_dead(child.id());
+            always.dispatch().expect("dispatch");
+            let all = take_all();
+            let (watched, exits) = watch(&reaper, child);
+            drop(all);
+            raw::poll_readable(&mut [raw::pollfd(reaper.as_raw_fd())], SOON);
+            assert!(is_readable(&reaper), "nothing tells of it");
+            assert_eq!(only(&reaper, &exits).code(), Some(5));
+            assert!(!watched.is_watched() && !is_readable(&reaper));
+        }
+        assert_no_child();
     });
 }

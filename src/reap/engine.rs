@@ -212,8 +212,13 @@ impl<T> Engine<T> {
             && let Some(found) = body.found()
         {
             record = Some(Box::new(found));
-            if let (false, Some(epoll), Some(fd)) = (asks, self.watching(), body.pidfd()) {
-                sys_reap::epoll_del(epoll, fd);
+            // Readable, the pidfd tells of it, where a main loop keeps deaths to itself too: this one it has not to wait for.
+            if let (false, true, Some(fd)) = (asks, self.hidden.load(Ordering::Acquire), body.pidfd())
+                && let (Some(aside), Some(epoll)) = (self.watching(), self.epoll.get())
+            {
+                sys_reap::epoll_del(aside, fd);
+                // Without room a timer does.
+                drop(sys_reap::epoll_add(epoll.as_fd(), fd, key));
             }
             asks = true;
         }
@@ -364,6 +369,10 @@ impl<T> Engine<T> {
         {
             table.ask.swap_remove(at);
             self.asking.fetch_sub(1, Ordering::Relaxed);
+            // It may be there all the same (`add`).
+            if let (Some(epoll), Some(fd)) = (self.epoll.get(), entry.body.pidfd()) {
+                sys_reap::epoll_del(epoll.as_fd(), fd);
+            }
         } else if let (Some(epoll), Some(fd)) = (self.watching(), entry.body.pidfd()) {
             sys_reap::epoll_del(epoll, fd);
         }
