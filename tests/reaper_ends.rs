@@ -247,6 +247,55 @@ fn terminate_is_bounded() {
     });
 }
 
+/// An orphan whose end a debugger has first, found so by a fork: a reaper that sleeps beside it is woken when the debugger lets go.
+#[test]
+fn an_orphan_under_a_debugger_is_reaped() {
+    isolated("an_orphan_under_a_debugger_is_reaped", 60, || {
+        let [ready, traced] = [0, 1].map(|i| &notes()[i]);
+        let reaper = Reaper::new().expect("a reaper");
+        let orphan = forked(&ForkOptions::new(), |_| {
+            // SAFETY: numbers only. Where there is no Yama, nobody needs the permission.
+            unsafe { libc::prctl(libc::PR_SET_PTRACER, libc::c_ulong::MAX, 0, 0, 0) };
+            ready.fetch_add(1, SeqCst);
+            sleep_on()
+        });
+        let pid = orphan.id();
+        until("it does not start", || ready.load(SeqCst) == 1);
+        let (mut let_go, mut wait) = UnixStream::pair().expect("a pair");
+        let mut debugger = forked(&ForkOptions::new(), |_| {
+            let none = std::ptr::null_mut::<libc::c_void>();
+            // SAFETY: a child of the same user; nothing is written to it.
+            if unsafe { libc::ptrace(libc::PTRACE_SEIZE, pid, none, none) } != 0 {
+                return raw::errno();
+            }
+            traced.store(1, SeqCst);
+            i32::from(wait.read_exact(&mut [0]).is_err())
+        });
+        while traced.load(SeqCst) == 0 {
+            assert!(debugger.try_wait().expect("ours").is_none(), "there is no tracing here");
+            thread::yield_now();
+        }
+        drop(orphan);
+        kill(pid, libc::SIGKILL);
+        wait_for_zombie(pid.cast_signed());
+        // Looks after orphans.
+        assert!(matches!(debugger.try_wait(), Ok(None)));
+        let_go.write_all(b".").expect("it waits");
+        let gone = || std::fs::metadata(format!("/proc/{pid}")).is_err();
+        let end = Instant::now() + raw::patience(SOON);
+        while !gone() {
+            assert!(Instant::now() < end, "a zombie stays");
+            let mut fds = [raw::pollfd(reaper.as_raw_fd())];
+            raw::poll_readable(&mut fds, end.saturating_duration_since(Instant::now()));
+            if fds[0].revents != 0 {
+                reaper.dispatch().expect("dispatch");
+            }
+        }
+        assert_eq!(code(&mut debugger), 0);
+        assert_no_child();
+    });
+}
+
 /// Signals to groups: to all in that of a leader, until that is reaped; to the child alone if it was not made to lead one.
 fn groups() {
     const USR1: i32 = libc::SIGUSR1;

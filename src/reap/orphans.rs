@@ -79,9 +79,13 @@ pub(crate) fn adopt(mut body: Body) {
             orphans.any_waits.store(true, Ordering::Relaxed);
         }
     }
-    if is_asking()
-        && let Some(tell) = ASKING.get()
-    {
+    if is_asking() {
+        tell();
+    }
+}
+
+fn tell() {
+    if let Some(tell) = ASKING.get() {
         tell();
     }
 }
@@ -109,8 +113,13 @@ pub(crate) fn reap() {
     if let Some(engine) = orphans.engine.get()
         && engine.live() != 0
     {
+        let asked = engine.is_asking();
         // What epoll or waitid refuse now is asked again next time.
         drop(engine.dispatch(|_, ()| true));
+        if !asked && engine.is_asking() {
+            // A debugger has the end first: no descriptor tells when it lets go.
+            tell();
+        }
     }
 }
 

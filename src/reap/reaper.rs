@@ -150,6 +150,8 @@ impl Reaper {
         reapers.retain(|r| r.strong_count() > 0);
         reapers.push(Arc::downgrade(&shared));
         drop(reapers);
+        // Orphans that others ask for already.
+        shared.timer.rearm(&shared);
         Ok(Reaper { handle: Arc::new(Handle(ManuallyDrop::new(shared))) })
     }
 
