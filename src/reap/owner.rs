@@ -83,7 +83,12 @@ impl Owner {
 
     /// By a reaper that holds.
     fn hear_handler(&mut self, shared: &Shared) -> io::Result<()> {
-        let heard = sigchld::with_reader(|fd| shared.hear(fd, SIGCHLD)).unwrap_or(Ok(()));
+        let heard = sigchld::with_reader(|fd| match shared.hear(fd, SIGCHLD) {
+            // Another thread's dispatch has found the socket made anew, and was faster.
+            Err(e) if e.raw_os_error() == Some(libc::EEXIST) => Ok(()),
+            heard => heard,
+        });
+        let heard = heard.unwrap_or(Ok(()));
         self.deaf = heard.is_err();
         heard
     }
