@@ -350,6 +350,22 @@ fn a_callback_hands_the_rest_to_the_main_loop() {
     });
 }
 
+/// Handed over by its number when the owner has taken its status: told of as a stranger.
+#[test]
+fn handed_over_after_its_end_it_is_told_of() {
+    isolated("handed_over_after_its_end_it_is_told_of", 60, || {
+        let reaper = owner(SigchldOwner::Always);
+        let unknown = strangers(&reaper);
+        let child = ends_with(9);
+        until_dead(child.id());
+        reaper.dispatch().expect("dispatch");
+        assert!(unknown.is_empty() && !is_readable(&reaper));
+        let pid = child.into_id();
+        let exit = only(&reaper, &unknown);
+        assert_eq!((exit.pid, exit.code()), (pid, Some(9)));
+    });
+}
+
 // -- the rest
 
 /// A reaper sleeps beside it: nobody else will look.

@@ -2,6 +2,7 @@
 
 use super::exit::{Ending, Exit, Record};
 use super::known::{self, Began, Holder, children};
+use super::orphans;
 use crate::carefd::{CareFd, OnFork};
 use crate::region::no_forking;
 use crate::sys_reap::{self, How, Which};
@@ -118,6 +119,14 @@ impl Body {
     /// What somebody else has found of it; it is not known any more.
     pub(crate) fn cross_out(&self) -> Option<Record> {
         if self.known { children().take(self.pid, self.start) } else { None }
+    }
+
+    /// For code that waits by number. What a reaper has found is told to whoever asks about strangers; the main loop knows what it brought.
+    pub(crate) fn disown(&self) {
+        if let Some(record) = self.cross_out().filter(|record| record.usage.is_some()) {
+            children().disown(self.pid, record);
+            orphans::tell();
+        }
     }
 
     fn is_not_another(&self) -> bool {

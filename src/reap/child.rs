@@ -86,7 +86,8 @@ impl Child {
     }
 
     /// Hands the child over by its number, to code that waits for it by itself: it is not reaped from here any more, but by a reaper that
-    /// reaps every child of the process, to which it is a stranger now.
+    /// reaps every child of the process, to which it is a stranger now. That reaper may have done so before: then there is nobody to wait for, and
+    /// [`Reaper::on_unknown`](crate::Reaper::on_unknown) is told.
     ///
     /// ```
     /// // SAFETY: the child uses nothing of the parent's.
@@ -97,7 +98,9 @@ impl Child {
     /// ```
     pub fn into_id(self) -> u32 {
         let (body, _) = self.into_parts();
-        body.cross_out();
+        if body.is_ours() {
+            body.disown();
+        }
         body.pid
     }
 

@@ -287,6 +287,13 @@ impl Children {
         if runs { None } else { self.take(pid, start) }
     }
 
+    /// Nobody holds it any more, and it was reaped: a stranger to be told of, and of no fork under way.
+    pub(crate) fn disown(&self, pid: u32, record: Record) {
+        let stranger = Stranger { pid, found: 0, nth: 0, refused: false, record: Box::new(record) };
+        self.book.lock().strangers.push(stranger);
+        self.strangers_wait.store(true, Ordering::Relaxed);
+    }
+
     fn forget_thrown_away(&self, pid: u32, fork: &UnderWay) {
         self.book.lock().strangers.retain(|s| s.pid != pid || s.nth <= fork.found);
     }

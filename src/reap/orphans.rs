@@ -84,7 +84,8 @@ pub(crate) fn adopt(mut body: Body) {
     }
 }
 
-fn tell() {
+/// Has reapers set their alarms anew.
+pub(crate) fn tell() {
     if let Some(tell) = ASKING.get() {
         tell();
     }
