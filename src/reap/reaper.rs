@@ -31,7 +31,8 @@ pub(crate) enum Then {
 /// Watches children and calls back once for each, when it has ended and was reaped.
 ///
 /// It waits by pidfd: no signal, no signal handler, no `waitpid(-1)`, nothing that other code in the process could notice or disturb;
-/// programs that have to share SIGCHLD say so with [`Reaper::set_owner`]. Any number of reapers live side by side. The descriptor
+/// programs that have to share SIGCHLD say so with [`Reaper::set_owner`]. Reapers live side by side: 500 of them, or 100 that are watched by
+/// event loops with epoll, which is what Linux allows of epolls that watch each other (EINVAL). The descriptor
 /// is readable when [`Reaper::dispatch`] has something to do, level-triggered, in any event loop; programs without one use
 /// [`Reaper::receiver`]. A death costs three system calls and a dispatch two more, however many children live.
 ///
@@ -130,7 +131,7 @@ impl Reaper {
     /// A reaper with nobody to watch.
     ///
     /// # Errors
-    /// As epoll_create1(2): no room for one or two descriptors.
+    /// As epoll_create1(2): no room for one or two descriptors; EINVAL where there are 500 already.
     pub fn new() -> io::Result<Reaper> {
         let all = ALL.get();
         let id = all.next.fetch_add(1, Ordering::Relaxed);
@@ -180,7 +181,8 @@ impl Reaper {
 
     /// Reaps every child that has ended and calls back for each; how many. Does not wait.
     ///
-    /// For the event loop, when the reaper's descriptor is readable; from any number of threads.
+    /// For the event loop, when the reaper's descriptor is readable; from any number of threads. A callback that dispatches handles the
+    /// next death inside itself, and so on: as many frames on the stack as there are dead children. The loop comes back anyway.
     ///
     /// # Errors
     /// As epoll_wait(2) and waitid(2); ECHILD in a child of the process that made the reaper; what a callback of
