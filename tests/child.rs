@@ -182,6 +182,33 @@ fn the_pidfd_is_the_childs_and_is_not_inherited() {
     });
 }
 
+/// One that was dropped is reaped by the next look at any other.
+#[test]
+fn a_dropped_child_is_reaped_by_a_look_at_another() {
+    isolated("a_dropped_child_is_reaped_by_a_look_at_another", 20, || {
+        let mut other = sleeper();
+        let looks: [fn(&mut Child); 2] = [
+            |other| assert!(matches!(other.try_wait(), Ok(None))),
+            |other| assert!(matches!(other.wait_timeout(Duration::ZERO), Ok(None))),
+        ];
+        for look in looks {
+            let dropped = sleeper();
+            let pid = dropped.id();
+            drop(dropped);
+            // SAFETY: a child of ours that nobody has reaped.
+            unsafe { libc::kill(pid as i32, libc::SIGKILL) };
+            while is_alive(pid) {
+                thread::yield_now();
+            }
+            look(&mut other);
+            assert!(std::fs::metadata(format!("/proc/{pid}")).is_err(), "a zombie stays");
+        }
+        other.kill().expect("ours");
+        assert_eq!(code(&mut other), -libc::SIGKILL);
+        assert_no_child();
+    });
+}
+
 /// As event loops make what they watch (`async_io::Async::new`).
 #[test]
 fn a_pidfd_that_was_made_non_blocking() {

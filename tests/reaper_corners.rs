@@ -331,6 +331,28 @@ fn an_owner_that_cannot_look_for_strangers_tells_of_its_own() {
     });
 }
 
+/// Watched before the main loop wanted to be asked; or by a reaper that has closed, when the child is nobody's but carefork's still.
+#[test]
+fn the_main_loops_word_about_children_from_before() {
+    isolated("the_main_loops_word_about_children_from_before", 60, || {
+        let reaper = Reaper::new().expect("a reaper");
+        let child = ends_with(3);
+        let pid = child.id();
+        let (_, exits) = watch(&reaper, child);
+        reaper.set_owner(SigchldOwner::MainLoop).expect("owned");
+        reaper.reaped(pid, wait_for(pid.cast_signed())).expect("ours");
+        assert_eq!(exits.try_recv().map(|exit| exit.code()), Ok(Some(3)));
+        let closed = Reaper::new().expect("a reaper");
+        let child = sleeper();
+        let pid = child.id();
+        let (_, exits) = watch(&closed, child);
+        closed.close();
+        kill(pid, libc::SIGKILL);
+        reaper.reaped(pid, wait_for(pid.cast_signed())).expect("no stranger");
+        assert!(exits.is_empty());
+    });
+}
+
 /// The owner becomes the main loop in a callback: the other children are left to it.
 #[test]
 fn a_callback_hands_the_rest_to_the_main_loop() {

@@ -6,8 +6,10 @@ mod common;
 mod kit;
 mod watching;
 
-use carefork::{Child, Claim, Ending, Exit, ForkOptions, Reaper, SigchldOwner, Usage};
-use common::{isolated, isolated_with, raw};
+use carefork::{
+    Child, Claim, Ending, Exit, ForkOptions, ForkReplacement, Reaper, SigchldOwner, Usage, set_fork_replacement,
+};
+use common::{Setup, isolated, isolated_with, raw};
 use crossbeam_channel::unbounded;
 use kit::{SOON, assert_no_child, code, foreign, forked};
 use nix::sys::resource::{Resource, getrlimit, setrlimit};
@@ -375,12 +377,8 @@ fn groups_are_signalled_without_pidfds() {
 fn a_closed_reaper_kills_no_group() {
     isolated("a_closed_reaper_kills_no_group", 60, || {
         notes();
-        let leader = forked(&ForkOptions::new().new_session(true), |token| {
-            drop(token);
-            drop(forked(&ForkOptions::new(), |_| hears(libc::SIGTERM, 1)));
-            hears(libc::SIGTERM, 0)
-        });
-        let [pid, member] = [hearer(0), hearer(1)];
+        let (leader, member) = stubborn_group();
+        let pid = leader.id();
         let reaper = Reaper::new().expect("a reaper");
         let (watched, _exits) = watch(&reaper, leader);
         watched.terminate(Duration::from_secs(3600)).expect("ours");
@@ -394,6 +392,85 @@ fn a_closed_reaper_kills_no_group() {
         kill(member, libc::SIGKILL);
         assert_no_child();
     });
+}
+
+/// A leader and a member of its group, which hear SIGTERM and do not go by it.
+fn stubborn_group() -> (Child, u32) {
+    let leader = forked(&ForkOptions::new().new_session(true), |token| {
+        drop(token);
+        drop(forked(&ForkOptions::new(), |_| hears(libc::SIGTERM, 1)));
+        hears(libc::SIGTERM, 0)
+    });
+    assert_eq!(hearer(0), leader.id());
+    (leader, hearer(1))
+}
+
+/// A leader that was asked to end and has not: its group is not killed by a look at it.
+#[test]
+fn a_group_lives_as_long_as_its_leader() {
+    isolated_with("a_group_lives_as_long_as_its_leader", 60, without_pidfds(), || {
+        notes();
+        let (leader, member) = stubborn_group();
+        let reaper = Reaper::new().expect("a reaper");
+        let (watched, exits) = watch(&reaper, leader);
+        watched.terminate(Duration::from_secs(3600)).expect("ours");
+        for _ in 0..3 {
+            reaper.dispatch().expect("dispatch");
+        }
+        has_heard(1, 1);
+        kill(member, libc::SIGTERM);
+        has_heard(1, 2);
+        watched.kill().expect("ours");
+        assert_eq!(only(&reaper, &exits).signal(), Some(libc::SIGKILL));
+        no_zombie_left();
+    });
+}
+
+/// C5: nor by `kill_deregister`, which kills the leader alone.
+#[test]
+fn a_deregistered_leader_leaves_its_group() {
+    isolated("a_deregistered_leader_leaves_its_group", 60, || {
+        notes();
+        let (leader, member) = stubborn_group();
+        let reaper = Reaper::new().expect("a reaper");
+        let (watched, _exits) = watch(&reaper, leader);
+        watched.kill_deregister().expect("ours");
+        until("it is not reaped", || {
+            reaper.dispatch().expect("dispatch");
+            reaper.is_empty()
+        });
+        kill(member, libc::SIGTERM);
+        has_heard(1, 1);
+        kill(member, libc::SIGKILL);
+        assert_no_child();
+    });
+}
+
+/// In the child: before it leads a session.
+unsafe fn stuck() -> i32 {
+    // SAFETY: the caller's promise.
+    let pid = unsafe { libc::fork() };
+    if pid == 0 {
+        loop {
+            // SAFETY: until it is killed.
+            unsafe { libc::pause() };
+        }
+    }
+    pid
+}
+
+/// A fork returns before its child leads the session that it was asked for: signals to the group are for the child then.
+#[test]
+fn a_group_that_is_not_there_yet() {
+    for setup in [Setup::default(), without_pidfds()] {
+        isolated_with("a_group_that_is_not_there_yet", 60, setup, || {
+            // SAFETY: it calls libc's fork.
+            unsafe { set_fork_replacement(Some(ForkReplacement::Calls(stuck))) };
+            let mut child = forked(&ForkOptions::new().new_session(true), |_| 0);
+            child.signal_group(libc::SIGKILL).expect("ours");
+            assert_eq!(code(&mut child), -libc::SIGKILL);
+        });
+    }
 }
 
 static CALLED: AtomicU32 = AtomicU32::new(0);

@@ -356,6 +356,51 @@ fn a_pidfd_is_not_that_of_the_numbers_next_child() {
     });
 }
 
+/// Child 300, which other code has waited for; its number is a grandchild's.
+unsafe fn before_a_grandchild() -> i32 {
+    next_pid(300);
+    // SAFETY: the caller's promise.
+    let pid = unsafe { libc::fork() };
+    if pid > 0 {
+        steal(300);
+        wait_until_found();
+    }
+    pid
+}
+
+/// C1: a pidfd that was opened by its number is this process's child's.
+#[test]
+fn a_pidfd_is_not_that_of_somebody_elses_child() {
+    isolated("a_pidfd_is_not_that_of_somebody_elses_child", 60, || {
+        in_a_namespace(|| {
+            let [asked, made] = [0, 1].map(|i| &kit::shared()[i]);
+            let parent = foreign(|| {
+                while asked.load(SeqCst) == 0 {
+                    thread::yield_now();
+                }
+                next_pid(300);
+                assert_eq!(foreign(sleep_on), 300);
+                made.store(1, SeqCst);
+                sleep_on()
+            });
+            let child = amid_a_fork(
+                before_a_grandchild,
+                || forked(&ForkOptions::new(), |_| 55),
+                || {
+                    asked.store(1, SeqCst);
+                    while made.load(SeqCst) == 0 {
+                        thread::yield_now();
+                    }
+                },
+            );
+            assert!(child.id() == 300 && child.pidfd().is_none());
+            for pid in [300, parent.cast_unsigned()] {
+                kill(pid, libc::SIGKILL);
+            }
+        });
+    });
+}
+
 /// Strangers of a process that never stops forking are told of: those forks began later, and have not made them.
 #[test]
 fn strangers_wait_for_no_later_fork() {

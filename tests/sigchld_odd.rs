@@ -17,7 +17,7 @@ use std::os::unix::process::ExitStatusExt as _;
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::process::ExitStatus;
 use std::sync::Arc;
-use std::sync::atomic::{AtomicU32, Ordering::SeqCst};
+use std::sync::atomic::{AtomicU32, AtomicUsize, Ordering::SeqCst};
 use std::thread;
 use std::time::{Duration, Instant};
 use watching::{
@@ -54,6 +54,67 @@ fn wait_for_zombie(pid: i32) {
         assert!(Instant::now() < end, "{pid} does not end");
         thread::yield_now();
     }
+}
+
+/// The descriptors that `f` opens.
+fn opened(f: impl FnOnce()) -> Vec<i32> {
+    let before: Vec<i32> = common::self_fds().as_slice().to_vec();
+    f();
+    common::self_fds().as_slice().iter().copied().filter(|fd| !before.contains(fd)).collect()
+}
+
+/// A signal came while something else had the number of the handler's socket, which is back by now: whoever finds that out has all
+/// others look, too.
+#[test]
+fn what_was_missed_is_looked_for_by_all() {
+    isolated("what_was_missed_is_looked_for_by_all", 60, || {
+        let (reaper, other) = (Reaper::new().expect("a reaper"), Reaper::new().expect("a reaper"));
+        let pair = opened(|| reaper.set_owner(SigchldOwner::Always).expect("owned"));
+        other.set_owner(SigchldOwner::Always).expect("owned");
+        let null = std::fs::File::open("/dev/null").expect("there");
+        for &fd in &pair {
+            // SAFETY: a number of this process's.
+            let saved = unsafe { libc::fcntl(fd, libc::F_DUPFD_CLOEXEC, 0) };
+            kit::redirect(null.as_raw_fd(), fd);
+            signal_here();
+            kit::redirect(saved, fd);
+            // SAFETY: the test's own.
+            unsafe { libc::close(saved) };
+        }
+        reaper.dispatch().expect("dispatch");
+        assert!(is_readable(&other));
+        other.dispatch().expect("dispatch");
+        assert!(!is_readable(&other));
+    });
+}
+
+static OURS: AtomicUsize = AtomicUsize::new(0);
+
+/// Calls what it displaced.
+extern "C" fn calls_ours(signal: i32, info: *mut libc::siginfo_t, context: *mut libc::c_void) {
+    let ours = OURS.load(SeqCst) as *const ();
+    // SAFETY: it was installed with SA_SIGINFO.
+    let ours: extern "C" fn(i32, *mut libc::siginfo_t, *mut libc::c_void) = unsafe { std::mem::transmute(ours) };
+    ours(signal, info, context);
+}
+
+/// Who displaced us calls us still when nobody wants the signal any more: the next owner is not woken for that.
+#[test]
+fn called_by_others_it_does_nothing_for_nobody() {
+    isolated("called_by_others_it_does_nothing_for_nobody", 60, || {
+        let reaper = owner(SigchldOwner::Always);
+        OURS.store(disposition(libc::SIGCHLD).0, SeqCst);
+        install(calls_ours as *const () as usize, libc::SA_SIGINFO);
+        signal_here();
+        assert!(is_readable(&reaper));
+        reaper.dispatch().expect("dispatch");
+        reaper.set_owner(SigchldOwner::Nobody).expect("given up");
+        signal_here();
+        reaper.set_owner(SigchldOwner::Always).expect("owned");
+        assert!(!is_readable(&reaper), "it was poked");
+        signal_here();
+        assert!(is_readable(&reaper));
+    });
 }
 
 /// Who displaced us is gone, and has left the default: nobody there calls us, so the next owner is one.
