@@ -186,21 +186,27 @@ impl ForkOptions<'_> {
             bound: FIRST_BOUND,
             outcome: None,
             since: None,
-            under_way: None,
+            note: None,
+            noted: None,
         };
         loop {
             request.let_go_at = Some(let_go_at(request.deadline));
             // An owner of SIGCHLD must not take the child for a stranger's.
-            request.under_way = known::making_one();
-            if let (true, Some(fork)) = (runtime::is_off(), &mut request.under_way) {
+            let mut under_way = known::making_one();
+            request.note = under_way.is_some().then_some(known::note_made);
+            request.noted = None;
+            if let (true, Some(fork)) = (runtime::is_off(), &mut under_way) {
                 fork.is_made();
             }
             // SAFETY: the caller's promise.
             let (end, passed) = unsafe { once(me, &mut request) };
+            if let (Some(found), Some(fork)) = (request.noted, &mut under_way) {
+                fork.was_made(found);
+            }
             let pid = match end {
                 Ok(0) => {
                     // The parent's count, on a page that need not be copied.
-                    std::mem::forget(request.under_way.take());
+                    std::mem::forget(under_way);
                     return Ok(Side::Child(passed.mask));
                 }
                 Ok(pid) => pid,
@@ -220,7 +226,7 @@ impl ForkOptions<'_> {
                         if let Some(armed) = &ready.armed {
                             armed.wait(|| sys::is_dead(pid));
                         }
-                        return Ok(Side::Parent(pid, request.under_way.take()));
+                        return Ok(Side::Parent(pid, under_way));
                     }
                     FIRST_BOUND
                 }
@@ -229,8 +235,8 @@ impl ForkOptions<'_> {
             };
             // A child that was none: gone, or taken by a waitpid(-1) elsewhere, which is the same.
             drop(sys::reap(pid, true));
-            known::forget_thrown_away(pid, request.under_way.as_ref());
-            drop(request.under_way.take());
+            known::forget_thrown_away(pid, under_way.as_ref());
+            drop(under_way);
             count().thrown_away.fetch_add(1, Relaxed);
             let over = request.deadline.is_some_and(|d| clock::now() >= d);
             // Before the mask is restored: the handler of a signal that comes then may fork, which collects in the same place.

@@ -151,14 +151,25 @@ pub(crate) struct UnderWay {
 }
 
 impl UnderWay {
-    /// Right before the child is made, with the gate shut if it is to be exact. Async-signal-safe.
+    /// Right before the child is made, with the gate shut.
     pub(crate) fn is_made(&mut self) {
-        let children = children();
-        self.found = children.found.load(Ordering::Relaxed);
-        if !std::mem::replace(&mut self.made, true) {
-            children.made.fetch_add(1, Ordering::Relaxed);
-        }
+        self.was_made(note_made(self.made));
     }
+
+    /// `found` is what `note_made` said.
+    pub(crate) fn was_made(&mut self, found: u64) {
+        (self.found, self.made) = (found, true);
+    }
+}
+
+/// Right before a child is made that is under way, with the gate shut if it is to be exact; `again` if that was to be before, and there
+/// was none. Async-signal-safe.
+pub(crate) fn note_made(again: bool) -> u64 {
+    let children = children();
+    if !again {
+        children.made.fetch_add(1, Ordering::Relaxed);
+    }
+    children.found.load(Ordering::Relaxed)
 }
 
 impl Drop for UnderWay {

@@ -3,7 +3,6 @@
 #![allow(unsafe_code)]
 
 use super::*;
-use crate::reap::known::UnderWay;
 
 /// What the handlers leave for the coordinated fork on this thread.
 #[derive(Debug)]
@@ -47,8 +46,10 @@ pub(crate) struct Request {
     pub(crate) outcome: Option<Outcome>,
     /// Since when it waits for the regions, if that is not counted yet: the next try goes on with it.
     pub(crate) since: Option<u64>,
-    /// Where children are written down.
-    pub(crate) under_way: Option<UnderWay>,
+    /// To be asked right before the child is made; whether it was before. Async-signal-safe.
+    pub(crate) note: Option<fn(bool) -> u64>,
+    /// Its answer.
+    pub(crate) noted: Option<u64>,
 }
 
 /// There is no next try for a fork that has waited since then.
@@ -236,8 +237,8 @@ fn prepare_coordinated(me: &Slot, request: &mut Request, collected: &mut Collect
     let outcome = prepare::prepare(&STATE.gate, me, &mut steps, &plan, &mut collected.busy);
     look_for_another(outcome, &mut collected.report);
     request.outcome = Some(outcome);
-    if let Some(fork) = &mut request.under_way {
-        fork.is_made();
+    if let Some(note) = request.note {
+        request.noted = Some(note(request.noted.is_some()));
     }
     request.since = match outcome {
         Outcome::Again { since, .. } => Some(since),
