@@ -252,6 +252,7 @@ fn install() {
 }
 
 /// False if somebody's handler lies over ours.
+#[inline(never)]
 fn put_back() -> bool {
     if !is_ours(&current()) {
         return false;
@@ -268,6 +269,8 @@ fn put_back() -> bool {
 }
 
 /// In the clean-up of a child (K5), which has no reaper yet.
+// Into its caller, which lies with the code that such children run; the rest is a page that most need not touch.
+#[inline(always)]
 pub(crate) fn put_back_in_child() {
     if HANDLER.fd.load(Relaxed) != -1 && !runtime::is_still(HANDLER.generation.load(Acquire)) {
         put_back();

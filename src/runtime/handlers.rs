@@ -104,20 +104,23 @@ impl Steps for Handlers<'_> {
         let timed = STATE.hooks.len() <= hook::TIMED;
         let mut now = clock::now();
         let attempt = hook::Attempt { hooks: &STATE.hooks, how };
-        let all = STATE.hooks.prepare(|h| {
-            if timed {
-                STATE.at_work.begin(self.tid, h.name, now);
-            }
-            let step = match attempt.prepare(h) {
-                Ok(()) => Step::Prepared,
-                Err(why) => hook::refuse(h, why, self.coordinated, self.report, &mut self.vetoed, &mut end),
-            };
-            if timed {
+        let (tid, coordinated, report, vetoed) = (self.tid, self.coordinated, &mut *self.report, &mut self.vetoed);
+        let mut one = |h: &Calls| match attempt.prepare(h) {
+            Ok(()) => Step::Prepared,
+            Err(why) => hook::refuse(h, why, coordinated, report, vetoed, &mut end),
+        };
+        // Apart: of many hooks each is a few instructions.
+        let all = if timed {
+            STATE.hooks.prepare(|h| {
+                STATE.at_work.begin(tid, h.name, now);
+                let step = one(h);
                 let begun = std::mem::replace(&mut now, clock::now());
                 h.took(now.saturating_sub(begun), generation_here());
-            }
-            step
-        });
+                step
+            })
+        } else {
+            STATE.hooks.prepare(one)
+        };
         STATE.at_work.ends();
         if STATE.streams.wait.take_long() {
             // Where the budget ends before the fork, this is what has used it up.
