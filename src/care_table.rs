@@ -91,13 +91,15 @@ impl Words {
     }
 }
 
+/// What every look at the words needs stands beside the first of them.
 #[derive(Debug)]
+#[repr(C)]
 pub(crate) struct CareTable {
-    words: Words,
     /// By kind: one more than the highest number ever registered. Numbers are given out lowest first, so this is written
     /// a few times in a process's life and then only read.
     above: [AtomicU32; 2],
     dirty: Dirty,
+    words: Words,
     /// What each number referred to when it was registered: a hash, 0 if that could not be told.
     #[cfg(debug_assertions)]
     identities: Words,
@@ -106,9 +108,9 @@ pub(crate) struct CareTable {
 impl CareTable {
     pub(crate) const fn new() -> Self {
         Self {
-            words: Words::new(),
             above: [const { AtomicU32::new(0) }; 2],
             dirty: Dirty::new(),
+            words: Words::new(),
             #[cfg(debug_assertions)]
             identities: Words::new(),
         }

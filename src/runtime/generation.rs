@@ -111,15 +111,19 @@ fn forget_told() {
 
 /// The child handler has set this process right, and nothing but the mark is missing: setting it costs a page, which most
 /// children never need.
+#[inline(always)]
 pub(super) fn was_told() -> bool {
     STATE.told.load(Acquire) == sys::getpid()
 }
 
 /// As `generation() == 0`, without setting the mark of a child that has none yet. Async-signal-safe.
+// Into its callers, with what it calls: they lie with the code that children run.
+#[inline(always)]
 pub(crate) fn is_no_child() -> bool {
     generation_unmarked() == 0
 }
 
+#[inline(always)]
 pub(super) fn generation_unmarked() -> u64 {
     if was_told() { STATE.generation.load(Relaxed) } else { generation() }
 }
