@@ -50,7 +50,7 @@ pub(crate) enum Then {
 /// | promise | by number |
 /// |---|---|
 /// | one callback, never a hang | kept |
-/// | a stolen status is lost, and no other child's | kept against children that carefork forks in this process, not against foreign forks |
+/// | a stolen status is lost, and no other child's | kept against children that carefork forks in this process (but for one that an owner of SIGCHLD finds dead while its fork is under way), not against foreign forks |
 /// | signals hit the child or nobody | kept, unless another wait reaps it between the look and the kill |
 /// | no work for each live child | not kept: one system call each every 10 ms |
 ///
