@@ -293,7 +293,7 @@ impl<'fd> Command<'fd> {
 
     /// Runs a closure in the child, last of all before the exec. The last resort: the process is then *copied*, by a fork with everything that
     /// goes with it ([`fork`](crate::fork)), which takes longer the larger it is. An error that is no system's own arrives as EINVAL, a
-    /// panic as an error as well.
+    /// panic as an error as well; its message is one write(2) to fd 2, by carefork's panic hook, as in a child of [`spawn`](crate::spawn()).
     ///
     /// The start is over when the exec has closed a pipe. A child of another thread's fork that neither cleans up nor execs holds that pipe
     /// open too, and keeps this call waiting for as long as it lives, as with std.

@@ -314,6 +314,37 @@ fn a_reaper_that_cannot_hear_the_new_pair_looks_all_the_same() {
     });
 }
 
+/// Both ends were closed, and there are no descriptors for a new pair: looked for again once there are.
+#[test]
+fn a_pair_that_cannot_be_made_anew_is_made_later() {
+    isolated("a_pair_that_cannot_be_made_anew_is_made_later", 60, || {
+        let reaper = Reaper::new().expect("a reaper");
+        let before = common::self_fds();
+        reaper.set_owner(SigchldOwner::Always).expect("owned");
+        let pair: Vec<i32> = common::self_fds().as_slice().iter().copied().filter(|fd| !before.contains(*fd)).collect();
+        assert_eq!(pair.len(), 2);
+        // It has its alarm.
+        let mut waited = ends_with(3);
+        waited.wait().expect("a status");
+        let (_, exits) = watch(&reaper, waited);
+        assert_eq!(only(&reaper, &exits).code(), Some(3));
+        for &fd in &pair {
+            // SAFETY: what a daemon's clean-up does.
+            unsafe { libc::close(fd) };
+        }
+        let nofile = nix::sys::resource::Resource::RLIMIT_NOFILE;
+        let (soft, hard) = nix::sys::resource::getrlimit(nofile).expect("a limit");
+        nix::sys::resource::setrlimit(nofile, 3, hard).expect("lower");
+        assert!(reaper.dispatch().is_err_and(|e| e.raw_os_error() == Some(libc::EMFILE)));
+        nix::sys::resource::setrlimit(nofile, soft, hard).expect("as before");
+        let found = strangers(&reaper);
+        let pid = foreign(|| 7);
+        until_dead(pid.cast_unsigned());
+        run_until(&reaper, || !found.is_empty());
+        assert_eq!(found.recv().expect("one").code(), Some(7));
+    });
+}
+
 /// Where waitid is refused strangers cannot be found; its own children can.
 #[test]
 fn an_owner_that_cannot_look_for_strangers_tells_of_its_own() {
