@@ -5,7 +5,7 @@
 mod common;
 mod drive;
 
-use carefork::{CareFd, ForkError, Hook, Mutex, OnFork, lineage, no_forking, register, stats};
+use carefork::{CareFd, ForkError, Hook, Mutex, OnFork, Reaper, SigchldOwner, lineage, no_forking, register, stats};
 use common::{ForkGuardAlloc, Setup, Verdict, between, count_syscalls, foreign_handlers, isolated, reap, strace_mark};
 use drive::{BOTH, Kind, MS, SOON, coordinated, foreign, freeze, inside, run_clock, until, until_shut};
 use std::fs::File;
@@ -56,6 +56,19 @@ fn neither_kind_of_fork_allocates() {
                 });
             }
         });
+    });
+}
+
+/// Forks are noted down for an owner of SIGCHLD, in the prepare handler too.
+#[test]
+fn nor_with_an_owner_of_sigchld() {
+    isolated("nor_with_an_owner_of_sigchld", 30, || {
+        let reaper = Reaper::new().expect("a reaper");
+        reaper.set_owner(SigchldOwner::Always).expect("owned");
+        arm_in_every_fork();
+        for kind in BOTH {
+            (0..3).for_each(|_| ends_well(kind.fork(|| 0)));
+        }
     });
 }
 
