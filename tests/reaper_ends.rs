@@ -193,42 +193,50 @@ fn user_and_system_time_are_told_apart() {
     });
 }
 
+/// A child that a sibling may trace, asleep.
+fn traceable(options: &ForkOptions<'_>) -> Child {
+    let ready = &kit::shared()[0];
+    let child = forked(options, |_| {
+        // SAFETY: numbers only. Where there is no Yama, nobody needs the permission.
+        unsafe { libc::prctl(libc::PR_SET_PTRACER, libc::c_ulong::MAX, 0, 0, 0) };
+        ready.store(1, SeqCst);
+        sleep_on()
+    });
+    until("it does not start", || ready.load(SeqCst) == 1);
+    child
+}
+
+/// A debugger of these, until a byte comes.
+fn debugger(pids: &[u32]) -> (Child, UnixStream) {
+    let traced = &kit::shared()[0];
+    let (let_go, mut wait) = UnixStream::pair().expect("a pair");
+    let mut debugger = forked(&ForkOptions::new(), |_| {
+        let none = std::ptr::null_mut::<libc::c_void>();
+        for &pid in pids {
+            // SAFETY: a child of the same user; nothing is written to it.
+            if unsafe { libc::ptrace(libc::PTRACE_SEIZE, pid, none, none) } != 0 {
+                return raw::errno();
+            }
+        }
+        traced.store(1, SeqCst);
+        // Ends, and with it the trace.
+        i32::from(wait.read_exact(&mut [0]).is_err())
+    });
+    while traced.load(SeqCst) == 0 {
+        assert!(debugger.try_wait().expect("ours").is_none(), "there is no tracing here");
+        thread::yield_now();
+    }
+    (debugger, let_go)
+}
+
 /// A child that not even SIGKILL makes go, since a debugger has the end to see first: an error after a while, and the child is what it
 /// was. Reaped when the debugger lets go: by who waits on, or by the next call if it was dropped.
 #[test]
 fn terminate_is_bounded() {
     isolated("terminate_is_bounded", 60, || {
-        let [ready, traced] = [0, 1].map(|i| &notes()[i]);
-        let traceable = |options: &ForkOptions<'_>| {
-            let child = forked(options, |_| {
-                // SAFETY: numbers only. Where there is no Yama, nobody needs the permission.
-                unsafe { libc::prctl(libc::PR_SET_PTRACER, libc::c_ulong::MAX, 0, 0, 0) };
-                ready.fetch_add(1, SeqCst);
-                sleep_on()
-            });
-            let pid = child.id();
-            (child, pid)
-        };
-        let (mut child, pid) = traceable(&ForkOptions::new());
-        let (mut dropped, other) = traceable(&ForkOptions::new().pidfd(false));
-        until("they do not start", || ready.load(SeqCst) == 2);
-        let (mut let_go, mut wait) = UnixStream::pair().expect("a pair");
-        let mut debugger = forked(&ForkOptions::new(), |_| {
-            let none = std::ptr::null_mut::<libc::c_void>();
-            for pid in [pid, other] {
-                // SAFETY: a child of the same user; nothing is written to it.
-                if unsafe { libc::ptrace(libc::PTRACE_SEIZE, pid, none, none) } != 0 {
-                    return raw::errno();
-                }
-            }
-            traced.store(1, SeqCst);
-            // Ends, and with it the trace.
-            i32::from(wait.read_exact(&mut [0]).is_err())
-        });
-        while traced.load(SeqCst) == 0 {
-            assert!(debugger.try_wait().expect("ours").is_none(), "there is no tracing here");
-            thread::yield_now();
-        }
+        let (mut child, mut dropped) = (traceable(&ForkOptions::new()), traceable(&ForkOptions::new().pidfd(false)));
+        let pid = child.id();
+        let (mut debugger, mut let_go) = debugger(&[pid, dropped.id()]);
         thread::scope(|s| {
             for child in [&mut child, &mut dropped] {
                 s.spawn(|| {
@@ -253,30 +261,10 @@ fn terminate_is_bounded() {
 #[test]
 fn an_orphan_under_a_debugger_is_reaped() {
     isolated("an_orphan_under_a_debugger_is_reaped", 60, || {
-        let [ready, traced] = [0, 1].map(|i| &notes()[i]);
         let reaper = Reaper::new().expect("a reaper");
-        let orphan = forked(&ForkOptions::new(), |_| {
-            // SAFETY: numbers only. Where there is no Yama, nobody needs the permission.
-            unsafe { libc::prctl(libc::PR_SET_PTRACER, libc::c_ulong::MAX, 0, 0, 0) };
-            ready.fetch_add(1, SeqCst);
-            sleep_on()
-        });
+        let orphan = traceable(&ForkOptions::new());
         let pid = orphan.id();
-        until("it does not start", || ready.load(SeqCst) == 1);
-        let (mut let_go, mut wait) = UnixStream::pair().expect("a pair");
-        let mut debugger = forked(&ForkOptions::new(), |_| {
-            let none = std::ptr::null_mut::<libc::c_void>();
-            // SAFETY: a child of the same user; nothing is written to it.
-            if unsafe { libc::ptrace(libc::PTRACE_SEIZE, pid, none, none) } != 0 {
-                return raw::errno();
-            }
-            traced.store(1, SeqCst);
-            i32::from(wait.read_exact(&mut [0]).is_err())
-        });
-        while traced.load(SeqCst) == 0 {
-            assert!(debugger.try_wait().expect("ours").is_none(), "there is no tracing here");
-            thread::yield_now();
-        }
+        let (mut debugger, mut let_go) = debugger(&[pid]);
         drop(orphan);
         kill(pid, libc::SIGKILL);
         wait_for_zombie(pid.cast_signed());

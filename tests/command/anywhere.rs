@@ -11,6 +11,7 @@ fn in_ones_own_region_it_is_refused() {
     isolated("anywhere::in_ones_own_region_it_is_refused", 30, || {
         let region = carefork::no_forking();
         let e = Command::new("true").spawn().expect_err("inside a region");
+        assert_eq!(carefork::stats().refused, 1);
         assert!(matches!(e, CommandError::Fork(ForkError::Forbidden { .. })), "{e}");
         drop(region);
         // A lock may be held, as over a fork (G5).
