@@ -333,7 +333,8 @@ fn a_line_cut_by_a_writer_does_not_touch_the_next() {
                 (2, vec![2], 2, 2),
                 "{text}"
             );
-            assert_eq!(whole.len(), 2, "{text}");
+            // The two losses are told together or, by a thread that is quick, one by one.
+            assert_eq!(whole.len() - 1, text.matches(" lost: the writer failed").count(), "{text}");
         }
     });
 }
