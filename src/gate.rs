@@ -9,7 +9,7 @@
 //! |----------|--------------------------------|---------------------------------------------------|
 //! | `OPEN`   | begins                         | the role's holder: `shut`                         |
 //! | `FENCED` | begins, with a fence of its own | the same (membarrier was refused once, for good) |
-//! | `SHUT`   | waits; a nested one begins     | the forker; a waiter past `deadline` (G11)        |
+//! | `SHUT`   | waits; a nested one begins; an awaited one, if a region that may wait for it keeps the forker waiting (`goes_first`) | the forker; a waiter past `deadline` (G11) |
 //!
 //! A thread's seat (`Slot`) holds how deep it is in regions; only that thread writes it. The forker holds the *role*
 //! from its first try to its parent handler, gate open or shut, so that hooks are run by one forker at a time.
@@ -89,6 +89,8 @@ pub(crate) struct Gate<S> {
     /// Moves on when a region ends at a shut gate; the forker sleeps on it.
     drain: AtomicU32,
     sleeping: AtomicU32,
+    /// The word of the shut gate that was found without regions: from here on nobody goes first.
+    drained: AtomicU32,
     /// The id of the role's holder; 0 if free.
     role: AtomicU32,
     queued: AtomicU32,
@@ -116,6 +118,7 @@ impl<S: Seats> Gate<S> {
             courteous: AtomicU32::new(0),
             drain: AtomicU32::new(0),
             sleeping: AtomicU32::new(0),
+            drained: AtomicU32::new(0),
             role: AtomicU32::new(0),
             queued: AtomicU32::new(0),
             tickets: AtomicU32::new(0),
@@ -141,9 +144,23 @@ impl<S: Seats> Gate<S> {
         }
         // Acquire pairs with the opening's Release: this region sees what the forker's hooks left.
         if self.word.load(if fault("enter_relaxed") { Relaxed } else { Acquire }) & STATE != OPEN {
-            self.enter_slow(me, kind, None);
+            self.enter_slow(me, kind, None, false);
         }
         true
+    }
+
+    /// Begins a region of a thread that others may wait for in theirs, as a queue's that is full: while one of them keeps the forker
+    /// waiting, it is not kept out. What to `leave` by.
+    pub(crate) fn enter_awaited(&self, me: &Slot) -> u64 {
+        if me.depth.load(Relaxed) != 0 {
+            return 0;
+        }
+        me.depth.store(AWAITED, Relaxed);
+        light_fence();
+        if self.word.load(Acquire) & STATE != OPEN {
+            self.enter_slow(me, AWAITED, None, true);
+        }
+        AWAITED
     }
 
     /// `enter` with an end to the waiting; false, and no region, when it passes.
@@ -154,7 +171,7 @@ impl<S: Seats> Gate<S> {
             return true;
         }
         light_fence();
-        self.word.load(Acquire) & STATE == OPEN || self.enter_slow(me, kind, deadline)
+        self.word.load(Acquire) & STATE == OPEN || self.enter_slow(me, kind, deadline, false)
     }
 
     /// Begins a region unless the gate is shut. Never waits. Async-signal-safe.
@@ -175,14 +192,14 @@ impl<S: Seats> Gate<S> {
 
     #[cold]
     #[inline(never)]
-    fn enter_slow(&self, me: &Slot, kind: u64, deadline: Option<u64>) -> bool {
+    fn enter_slow(&self, me: &Slot, kind: u64, deadline: Option<u64>, awaited: bool) -> bool {
         // In FENCED mode this fence is the region's half; it pairs with the one in `shut`.
         fence(SeqCst);
         if self.word.load(Acquire) & STATE != SHUT {
             return true;
         }
         // The forker itself: its hooks and other libraries' handlers may use regions. Only this thread writes its id here.
-        if self.role.load(Relaxed) == me.id() {
+        if self.role.load(Relaxed) == me.id() || (awaited && self.goes_first()) {
             return true;
         }
         // Counted before stepping back, so that a forker never sees neither.
@@ -198,6 +215,9 @@ impl<S: Seats> Gate<S> {
             if self.word.load(Acquire) & STATE != SHUT || fault("enter_no_recheck") {
                 break true;
             }
+            if awaited && self.goes_first() {
+                break true;
+            }
         };
         // 0 in the child of a fork that a signal handler has made here: nobody counts it any more.
         let last = self.waiters.fetch_update(AcqRel, Relaxed, |n| n.checked_sub(1)) == Ok(1);
@@ -207,6 +227,29 @@ impl<S: Seats> Gate<S> {
             sync::futex_wake(&self.waiters, u32::MAX, ANY);
         }
         entered
+    }
+
+    /// By an awaited thread at a shut gate, its region in its seat: whether it may have it. The forker has to wait in any case for a region
+    /// that may wait for this thread; the regions of other awaited ones are no reason, or two of them would do for ever.
+    pub(crate) fn goes_first(&self) -> bool {
+        // Those who passed the gate before it was shut are seen; where there is no membarrier, their own fence does it.
+        heavy_fence();
+        let shut = self.word.load(Acquire);
+        let forker = self.role.load(Relaxed);
+        let mut waited_for = false;
+        self.seats.each(|s| {
+            // None of this thread's own, which is awaited.
+            let depth = s.depth.load(Acquire);
+            waited_for = depth != 0 && depth & AWAITED == 0 && s.id() != forker && !s.is_ghost();
+            !waited_for
+        });
+        if !waited_for || fault("goes_last") {
+            return false;
+        }
+        // Pairs with `drain`: the forker finds the count moved and looks again, or this finds that it has looked for the last time.
+        self.drain.fetch_add(1, SeqCst);
+        fence(SeqCst);
+        self.drained.load(Relaxed) != shut
     }
 
     /// Waits while the gate is shut; reopens it when the forker's time is up (G11).
@@ -537,7 +580,16 @@ impl<S: Seats> Gate<S> {
             self.look(me, busy);
             if busy.count == 0 {
                 // A waiter may have reopened before the look, and its region ended already: not drained.
-                break if self.still_shut(shut) { Drain::Drained } else { Drain::Reopened };
+                if !self.still_shut(shut) {
+                    break Drain::Reopened;
+                }
+                self.drained.store(shut, Relaxed);
+                // Pairs with `goes_first`.
+                fence(SeqCst);
+                if self.drain.load(Relaxed) == seen || fault("drained_in_one_look") {
+                    break Drain::Drained;
+                }
+                continue;
             }
             if !self.still_shut(shut) {
                 break Drain::Reopened;
@@ -607,7 +659,7 @@ impl<S: Seats> Gate<S> {
             // As in `look`.
             let depth = s.depth.load(Acquire);
             if depth != 0 && !s.is_ghost() {
-                f(s.seen(), (depth % LOCK) as u32, (depth / LOCK) as u32);
+                f(s.seen(), (depth % LOCK + depth / AWAITED) as u32, (depth % AWAITED / LOCK) as u32);
             }
             true
         });
@@ -655,8 +707,16 @@ impl<S: Seats> Gate<S> {
         let w = self.word.load(Relaxed);
         self.word.store((w & !STATE).wrapping_add(EPOCH) | self.mode.load(Relaxed), Relaxed);
         self.committed.store(0, Relaxed);
-        for word in [&self.waiters, &self.courteous, &self.drain, &self.sleeping, &self.role, &self.queued, &self.turn]
-        {
+        for word in [
+            &self.waiters,
+            &self.courteous,
+            &self.drain,
+            &self.sleeping,
+            &self.drained,
+            &self.role,
+            &self.queued,
+            &self.turn,
+        ] {
             if !fault("reset_keeps_words") {
                 word.store(0, Relaxed);
             }

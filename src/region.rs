@@ -35,7 +35,9 @@ pub struct NoForking {
 /// each GiB in use (G11); a nested one never
 /// waits. It costs a few nanoseconds, whatever the number of threads. What happens inside should be short and must
 /// not wait for a fork: a coordinated fork that waits longer than its budget (1 s unless set) gives up with
-/// [`ForkError::Busy`](crate::ForkError::Busy), which names this place in builds with debug assertions.
+/// [`ForkError::Busy`](crate::ForkError::Busy), which names this place in builds with debug assertions. Who waits inside for another thread
+/// that begins a region keeps a pending fork from coming until its bound lets that thread in; carefork's own threads, which a
+/// [`Service`](crate::Service), a [logger](crate::log) and [`thread::spawn`](crate::thread::spawn) start, are let in at once.
 ///
 /// In a child there is nothing special about it. Forking inside one's own region is refused (G4).
 ///
@@ -79,6 +81,29 @@ pub fn try_no_forking() -> Option<NoForking> {
         record(me);
     }
     Some(NoForking { not_send: PhantomData })
+}
+
+/// A region of a thread of carefork's own that others may wait for in regions of theirs, as that of a full queue. No fork waits for both
+/// and keeps this one out meanwhile.
+pub(crate) struct Awaited {
+    kind: u64,
+    not_send: PhantomData<*mut ()>,
+}
+
+#[track_caller]
+pub(crate) fn awaited() -> Awaited {
+    let me = me();
+    let kind = gate().enter_awaited(me);
+    if kind != 0 {
+        record(me);
+    }
+    Awaited { kind, not_send: PhantomData }
+}
+
+impl Drop for Awaited {
+    fn drop(&mut self) {
+        gate().leave(me(), self.kind);
+    }
 }
 
 /// Where the outermost region began; only in builds that can spare the store.

@@ -12,6 +12,8 @@ use Ordering::{Relaxed, Release};
 pub(crate) const GUARD: u64 = 1;
 /// One held lock of section L.
 pub(crate) const LOCK: u64 = 1 << 32;
+/// The region of a thread that others may wait for in theirs (`Gate::enter_awaited`).
+pub(crate) const AWAITED: u64 = 1 << 63;
 
 // What a thread has to do with forking.
 /// Not forking.
@@ -32,7 +34,7 @@ pub(crate) const GHOST: u32 = u32::MAX;
 #[repr(align(128))]
 #[derive(Debug)]
 pub(crate) struct Slot {
-    /// `GUARD`s and `LOCK`s this thread is in. Written by its own thread only.
+    /// `GUARD`s and `LOCK`s this thread is in, and whether it is `AWAITED`. Written by its own thread only.
     pub(crate) depth: AtomicU64,
     /// `VACANT`, `GHOST` or the thread's tid.
     pub(crate) tid: AtomicU32,
@@ -94,7 +96,7 @@ impl Slot {
 
     /// Holds a lock of section L.
     pub(crate) fn holds_lock(&self) -> bool {
-        self.depth() >= LOCK
+        self.depth() % AWAITED >= LOCK
     }
 
     /// This thread is in no region but one of `kind`.

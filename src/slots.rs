@@ -152,7 +152,7 @@ impl Seats for SlotTable {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::gate::{GUARD, Gate, LOCK};
+    use crate::gate::{GUARD, Gate, LAST_BOUND, LOCK};
 
     #[test]
     fn who_ended_inside_a_region_is_buried() {
@@ -164,6 +164,24 @@ mod tests {
             assert_eq!(seat.depth(), kind);
             assert_eq!(gate.seats.bury_the(|tid| tid == 1000), kind == LOCK);
             assert_eq!((seat.depth(), seat.tid.load(Ordering::Relaxed)), (0, becomes));
+        }
+    }
+
+    /// At a shut gate an awaited thread goes first for the region of another; not for the forker's own, nor one that is awaited itself: with
+    /// them it would be kept out never, and the fork for ever.
+    #[test]
+    fn who_waits_for_an_awaited_region() {
+        let gate = Gate::new(SlotTable::new());
+        let [forker, awaited, other] = [1000, 1001, 1002].map(|tid| gate.seats.claim(tid).unwrap());
+        assert!(gate.try_role(forker));
+        for (seat, goes_first) in [(forker, false), (other, true)] {
+            gate.enter(seat, LOCK);
+            let kind = gate.enter_awaited(awaited);
+            let shut = gate.shut(LAST_BOUND);
+            assert_eq!(gate.goes_first(), goes_first);
+            gate.reopen(shut);
+            gate.leave(awaited, kind);
+            gate.leave(seat, LOCK);
         }
     }
 

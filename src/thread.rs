@@ -8,7 +8,7 @@
 //! carefork's own ([`Service`](crate::Service), loggers, reapers) are of this kind. Threads that other libraries start while others fork are
 //! not: have them started (a pool's first use) before the first fork, or keep children from starting threads.
 
-use crate::region::no_forking;
+use crate::region::{awaited, no_forking};
 use std::io;
 use std::sync::mpsc::channel;
 pub use std::thread::JoinHandle;
@@ -125,8 +125,8 @@ struct End<L>(#[allow(dead_code)] L);
 
 impl<L> Drop for End<L> {
     fn drop(&mut self) {
-        // A forgotten guard is a region until the thread is gone (G7).
+        // A forgotten guard is a region until the thread is gone (G7). Others may join it in regions of theirs.
         #[allow(clippy::mem_forget)]
-        std::mem::forget(no_forking());
+        std::mem::forget((awaited(), no_forking()));
     }
 }

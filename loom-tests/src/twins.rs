@@ -51,6 +51,7 @@ impl<S> Gate<S> {
             courteous: AtomicU32::new(0),
             drain: AtomicU32::new(0),
             sleeping: AtomicU32::new(0),
+            drained: AtomicU32::new(0),
             role: AtomicU32::new(0),
             queued: AtomicU32::new(0),
             tickets: AtomicU32::new(0),
@@ -61,7 +62,7 @@ impl<S> Gate<S> {
         }
     }
 
-    fn words(&self) -> [&AtomicU32; 11] {
+    fn words(&self) -> [&AtomicU32; 12] {
         [
             &self.mode,
             &self.committed,
@@ -69,6 +70,7 @@ impl<S> Gate<S> {
             &self.courteous,
             &self.drain,
             &self.sleeping,
+            &self.drained,
             &self.role,
             &self.queued,
             &self.tickets,

@@ -6,7 +6,7 @@
 use super::builder::WhenFull;
 use super::line::Style;
 use super::output::{Sink, Stopped};
-use crate::{Mutex, OnceLock, runtime, sys, sys_signals};
+use crate::{Mutex, OnceLock, region, runtime, sys, sys_signals};
 use crossbeam_channel::{Receiver, RecvTimeoutError, SendTimeoutError, Sender, bounded, unbounded};
 use std::cell::Cell;
 use std::collections::VecDeque;
@@ -368,7 +368,11 @@ impl Worker {
     }
 
     fn guarded(&self, records: u64, f: impl FnOnce(&Sink) -> Result<(), Stopped>) -> bool {
-        self.caught(records, || f(&self.sink))
+        self.caught(records, || {
+            // Threads wait for room in regions of theirs, too.
+            let _region = self.sink.is_writer().then(region::awaited);
+            f(&self.sink)
+        })
     }
 
     /// Whether it went well. A writer that panics loses its record, not the thread.

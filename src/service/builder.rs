@@ -31,7 +31,7 @@ pub enum OnChild<S> {
     /// The state is never in the middle of a message: it lives behind a [`Mutex`] that is held while a message
     /// or [`ServiceBuilder::every`]'s function is at work. So a fork waits for one of them at most, and they must be short and
     /// must not wait for a fork. Taking it begins an outermost region: so under this one, and no other, the service's thread waits
-    /// before its next message while a pending fork keeps the gate shut.
+    /// before its next message while a pending fork keeps the gate shut, unless that fork waits for a region anyway.
     ///
     /// The function runs in the child, on the thread that starts the service there, inside a region. What it looks at is the state of
     /// the last process on the way here in which the service ran.

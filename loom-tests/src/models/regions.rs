@@ -98,6 +98,56 @@ fn nesting() {
     });
 }
 
+/// A, in a region, waits for B, which needs a region of its own: the fork lets B go first. With a gate that no clock reopens, keeping
+/// it out would be a deadlock.
+#[test]
+fn a_region_that_waits_for_an_awaited_one() {
+    check(2, || {
+        let w = World::new(3);
+        let message = Arc::new(AtomicU32::new(0));
+        let sends = Arc::clone(&message);
+        let a = w.thread(1, move |w, me| {
+            w.enter(me, GUARD);
+            while message.load(Ordering::Acquire) == 0 {
+                sync::futex_wait(&message, 0, sync::ANY, None);
+            }
+            w.leave(me, GUARD);
+        });
+        let b = w.thread(2, move |w, me| {
+            let kind = w.gate.enter_awaited(me);
+            w.acts(me, 1);
+            sends.store(1, Ordering::Release);
+            sync::futex_wake(&sends, 1, sync::ANY);
+            w.acts(me, 1);
+            w.leave(me, kind);
+        });
+        assert_eq!(w.fork(w.seat(0), &mut NoHooks, None), Ended::Forked);
+        a.join().unwrap();
+        b.join().unwrap();
+    });
+}
+
+/// A waits for nobody, and may end its region between B's look at it and the forker's.
+#[test]
+fn an_awaited_one_and_a_region() {
+    check(3, || {
+        let w = World::new(3);
+        w.gate.enter(w.seat(2), GUARD);
+        let b = w.thread(1, |w, me| {
+            let kind = w.gate.enter_awaited(me);
+            w.acts(me, 1);
+            w.leave(me, kind);
+        });
+        let a = w.thread(2, |w, me| {
+            w.acts(me, 1);
+            w.leave(me, GUARD);
+        });
+        assert_eq!(w.fork(w.seat(0), &mut NoHooks, None), Ended::Forked);
+        a.join().unwrap();
+        b.join().unwrap();
+    });
+}
+
 /// `try_no_forking` in a signal handler: never waits, and what it says is true.
 #[test]
 fn trying() {
