@@ -54,6 +54,7 @@ fn forked_in_the_middle(waits: impl FnOnce()) {
 #[test]
 fn a_handler_forks_while_a_hook_is_waited_for() {
     isolated("a_handler_forks_while_a_hook_is_waited_for", 60, || {
+        freeze();
         let (begun, held) = (Arc::new(AtomicBool::new(false)), Arc::new(AtomicBool::new(true)));
         let (tell, hold) = (Arc::clone(&begun), Arc::clone(&held));
         let slow = register(Hook::new("slow").prepare(move || {
