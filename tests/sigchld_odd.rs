@@ -280,10 +280,15 @@ fn a_stranger_whose_finder_gives_up_is_told_of() {
                 other.dispatch().expect("dispatch");
             });
             assert!(said.contains(&format!("child {pid} exited with code 7")), "{said}");
+            kit::block(&[libc::SIGCHLD]);
             no_zombie_left();
-            other.dispatch().expect("dispatch");
-            thread::sleep(Duration::from_millis(30));
-            assert!(!is_readable(&other), "woken for nothing");
+            let is_quiet = || {
+                other.dispatch().expect("dispatch");
+                thread::sleep(Duration::from_millis(30));
+                !is_readable(&other)
+            };
+            // The harness's other thread may hear of these children late; what is for nothing comes again and again.
+            assert!((0..20).any(|_| is_quiet()), "woken for nothing");
         }
     });
 }
