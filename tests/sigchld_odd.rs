@@ -416,7 +416,7 @@ fn a_group_goes_with_its_leader_by_number() {
                 reaper.dispatch().expect("dispatch");
             }
             let stat = format!("/proc/{}/stat", member.load(SeqCst));
-            let end = Instant::now() + Duration::from_millis(500);
+            let end = Instant::now() + raw::patience(Duration::from_secs(1));
             let lives = || std::fs::read_to_string(&stat).is_ok_and(|stat| !stat.contains(") Z "));
             while lives() && Instant::now() < end {
                 thread::yield_now();
