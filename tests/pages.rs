@@ -25,8 +25,8 @@ fn copied_statics(pid: u32) -> u64 {
         let first = words.next().expect("a word");
         match first.split_once('-') {
             Some((from, to)) => {
-                // The file's own, and what lies right behind it: .bss has no name.
-                counted = words.next() == Some("rw-p") && (line.ends_with(exe) || from == end);
+                // The file's own, and what lies right behind it: .bss has no name. (The heap, where addresses are not random, has one.)
+                counted = words.next() == Some("rw-p") && (line.ends_with(exe) || from == end && !line.ends_with(']'));
                 if line.ends_with(exe) || counted {
                     end = to.to_owned();
                 }
