@@ -9,7 +9,7 @@ mod kit;
 use audits::{Scratch, find, in_child, own, set_cloexec};
 use carefork::audit::{Care, Descriptor, Fate, Kind};
 use carefork::{Audit, CareFd, OnFork, audit, audit_of};
-use common::{Setup, check, fds_of, isolated, isolated_with, self_fds, status_here, status_of};
+use common::{Setup, can_change_user, check, fds_of, isolated, isolated_with, self_fds, status_here, status_of};
 use kit::{Stop, bits, block, catch, ignore};
 use nix::sys::resource::{Resource, getrlimit, setrlimit};
 use std::fs::{self, File};
@@ -207,51 +207,61 @@ fn pipes() -> (io::PipeWriter, io::PipeReader, io::PipeReader, io::PipeWriter) {
 
 #[test]
 fn a_zombie_is_no_process_any_more() {
-    isolated("a_zombie_is_no_process_any_more", 20, || {
-        let pid = kit::foreign(|| 0);
-        let pidfd = common::raw::pidfd_open(pid).expect("a pidfd");
-        common::raw::poll_readable(&mut [common::raw::pollfd(pidfd.as_raw_fd())], kit::SOON);
-        let error = audit_of(pid.cast_unsigned()).expect_err("it has ended");
-        assert_eq!(error.kind(), io::ErrorKind::NotFound, "{error}");
-        assert_eq!(common::reap(pid, kit::SOON), common::Verdict::Exited(0));
-    });
+    for setup in users() {
+        isolated_with("a_zombie_is_no_process_any_more", 20, setup, || {
+            let pid = kit::foreign(|| 0);
+            let pidfd = common::raw::pidfd_open(pid).expect("a pidfd");
+            common::raw::poll_readable(&mut [common::raw::pollfd(pidfd.as_raw_fd())], kit::SOON);
+            let error = audit_of(pid.cast_unsigned()).expect_err("it has ended");
+            assert_eq!(error.kind(), io::ErrorKind::NotFound, "{error}");
+            assert_eq!(common::reap(pid, kit::SOON), common::Verdict::Exited(0));
+        });
+    }
+}
+
+/// Whoever runs the tests, and somebody who is not root: to them what has ended looks different.
+fn users() -> Vec<Setup> {
+    let uid = can_change_user().then(|| Setup { uid: Some(54_321), ..Setup::default() });
+    [Setup::default()].into_iter().chain(uid).collect()
 }
 
 /// Its other threads go on, with its descriptors.
 #[test]
 fn a_process_whose_first_thread_has_ended_is_one_still() {
-    isolated("a_process_whose_first_thread_has_ended_is_one_still", 60, || {
-        let (_end, to) = io::pipe().expect("a pipe");
-        fs::write("/proc/thread-self/comm", "the process").expect("a name");
-        let pid = kit::foreign(|| {
-            let lives = thread::Builder::new().name("the thread".to_owned()).spawn(|| {
-                block(&[libc::SIGUSR1]);
-                loop {
-                    thread::park();
-                }
+    for setup in users() {
+        isolated_with("a_process_whose_first_thread_has_ended_is_one_still", 60, setup, || {
+            let (_end, to) = io::pipe().expect("a pipe");
+            fs::write("/proc/thread-self/comm", "the process").expect("a name");
+            let pid = kit::foreign(|| {
+                let lives = thread::Builder::new().name("the thread".to_owned()).spawn(|| {
+                    block(&[libc::SIGUSR1]);
+                    loop {
+                        thread::park();
+                    }
+                });
+                lives.expect("a thread");
+                // SAFETY: ends this thread alone.
+                unsafe { libc::syscall(libc::SYS_exit, 0) };
+                1
             });
-            lives.expect("a thread");
-            // SAFETY: ends this thread alone.
-            unsafe { libc::syscall(libc::SYS_exit, 0) };
-            1
+            let blocks = || {
+                let mut tasks = fs::read_dir(format!("/proc/{pid}/task")).expect("our child").flatten();
+                tasks.any(|t| {
+                    fs::read_to_string(t.path().join("status")).is_ok_and(|s| s.contains("SigBlk:\t0000000000000200"))
+                })
+            };
+            while !fs::read_to_string(format!("/proc/{pid}/stat")).expect("our child").contains(") Z") || !blocks() {
+                thread::yield_now();
+            }
+            let found = audit_of(pid.cast_unsigned());
+            // SAFETY: our own child.
+            unsafe { libc::kill(pid, libc::SIGKILL) };
+            assert_eq!(common::reap(pid, kit::SOON), common::Verdict::Signaled(libc::SIGKILL));
+            let found = found.expect("it runs");
+            assert_eq!((found.pid, found.name.as_str(), found.threads), (pid.cast_unsigned(), "the process", 2));
+            assert_eq!((find(&found, &to).kind, found.blocked), (Kind::Pipe, vec![libc::SIGUSR1]));
         });
-        let blocks = || {
-            let mut tasks = fs::read_dir(format!("/proc/{pid}/task")).expect("our child").flatten();
-            tasks.any(|t| {
-                fs::read_to_string(t.path().join("status")).is_ok_and(|s| s.contains("SigBlk:\t0000000000000200"))
-            })
-        };
-        while !fs::read_to_string(format!("/proc/{pid}/stat")).expect("our child").contains(") Z") || !blocks() {
-            thread::yield_now();
-        }
-        let found = audit_of(pid.cast_unsigned());
-        // SAFETY: our own child.
-        unsafe { libc::kill(pid, libc::SIGKILL) };
-        assert_eq!(common::reap(pid, kit::SOON), common::Verdict::Signaled(libc::SIGKILL));
-        let found = found.expect("it runs");
-        assert_eq!((found.pid, found.name.as_str(), found.threads), (pid.cast_unsigned(), "the process", 2));
-        assert_eq!((find(&found, &to).kind, found.blocked), (Kind::Pipe, vec![libc::SIGUSR1]));
-    });
+    }
 }
 
 #[test]

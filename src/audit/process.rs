@@ -114,6 +114,19 @@ impl Process {
     }
 
     fn audit(&self) -> io::Result<Audit> {
+        self.look_at_all().map_err(|e| match e.kind() {
+            ErrorKind::PermissionDenied if self.is_ending() => io::Error::from_raw_os_error(libc::ESRCH),
+            _ => e,
+        })
+    }
+
+    /// One of this user's that has let go of its memory is root's for the rest of its end.
+    fn is_ending(&self) -> bool {
+        let (Ok(its), Ok(own)) = (self.read("status"), slurp(&format!("{OWN}/status"))) else { return false };
+        field(&its, "Uid:") == field(&own, "Uid:") && field(&its, "VmSize:").is_empty()
+    }
+
+    fn look_at_all(&self) -> io::Result<Audit> {
         let numbers = numbers(&self.path("fd"))?;
         let mut descriptors = Vec::with_capacity(numbers.len());
         // Later than the list: what is in it is older than the tables.
