@@ -7,7 +7,7 @@ mod kit;
 
 use carefork::audit::{Fate, Kind};
 use carefork::audit_of;
-use common::{isolated, status_of};
+use common::{isolated, status_of, temp_dir};
 use std::io::{BufRead as _, BufReader, Read as _};
 use std::os::unix::ffi::OsStrExt as _;
 use std::os::unix::net::UnixStream;
@@ -157,7 +157,7 @@ fn what_could_not_be_written_is_told_from_a_leak() {
 fn qemu_nbd_starts_clean() {
     let program = forkaudit();
     isolated("qemu_nbd_starts_clean", 60, || {
-        let dir = std::env::temp_dir().join(format!("carefork-forkaudit-{}", std::process::id()));
+        let dir = temp_dir().join(format!("carefork-forkaudit-{}", std::process::id()));
         std::fs::create_dir(&dir).expect("a directory of our own");
         let (image, socket) = (dir.join("disk.img"), dir.join("nbd.sock"));
         std::fs::write(&image, vec![0; 1 << 20]).expect("an image");

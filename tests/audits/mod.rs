@@ -10,6 +10,7 @@
     clippy::missing_panics_doc
 )]
 
+use crate::common::temp_dir;
 use crate::kit::code;
 use carefork::Audit;
 use carefork::audit::Descriptor;
@@ -32,7 +33,7 @@ pub struct Scratch(pub PathBuf);
 
 impl Scratch {
     pub fn new(name: &str) -> Scratch {
-        let path = std::env::temp_dir().join(format!("carefork-audit-{name}-{}", std::process::id()));
+        let path = temp_dir().join(format!("carefork-audit-{name}-{}", std::process::id()));
         fs::create_dir(&path).expect("a directory of our own");
         Scratch(path)
     }

@@ -53,7 +53,7 @@ pub use child::{Tally, Verdict, check, fork_many, reap};
 pub use foreign::foreign_handlers;
 pub use guard_alloc::ForkGuardAlloc;
 pub use isolate::{Outcome, Setup, can_change_user, isolated, isolated_with, run_isolated};
-pub use proc::{FdList, Status, fds_of, self_fds, status_here, status_of, thread_count};
+pub use proc::{FdList, Status, fds_of, self_fds, status_here, status_of, temp_dir, thread_count};
 pub use rng::Rng;
 pub use seccomp::{Refuse, refuse_forks, seccomp_refuse};
 pub use strace::{Syscall, between, count_syscalls, strace_mark};

@@ -1,9 +1,14 @@
-//! What /proc says about a process. Nothing here but [`fds_of`] allocates, so a forked child can ask about itself.
+//! What /proc says about a process. Nothing here but [`fds_of`] and [`temp_dir`] allocates, so a forked child can ask about itself.
 
 use super::raw;
 use std::ffi::CStr;
 use std::os::fd::AsRawFd;
 use std::path::PathBuf;
+
+/// Where temporary files go, by the name that /proc has for it: `TMPDIR` may lead there by links.
+pub fn temp_dir() -> PathBuf {
+    std::env::temp_dir().canonicalize().expect("a directory for temporary files")
+}
 
 /// Open descriptors, in a buffer of fixed size.
 pub struct FdList {

@@ -11,7 +11,7 @@
     clippy::missing_panics_doc
 )]
 
-use crate::common::{Tally, fork_many, raw};
+use crate::common::{Tally, fork_many, raw, temp_dir};
 use crate::drive::{BOTH, Kind, SOON, Stop, freeze, until};
 use carefork::{Fork, ForkOptions};
 use std::collections::BTreeMap;
@@ -31,7 +31,7 @@ impl Scratch {
     pub fn new(name: &str) -> Scratch {
         static NEXT: AtomicU64 = AtomicU64::new(0);
         let number = NEXT.fetch_add(1, SeqCst);
-        let path = std::env::temp_dir().join(format!("carefork-{name}-{}-{number}", std::process::id()));
+        let path = temp_dir().join(format!("carefork-{name}-{}-{number}", std::process::id()));
         drop(std::fs::remove_file(&path));
         Scratch(path)
     }
