@@ -23,6 +23,8 @@ use std::{env, ptr};
 
 pub(super) const NAME: &str = "CAREFORK_ISOLATED";
 const TAG: &str = "CAREFORK_ISOLATED_TAG";
+/// Who watches.
+const BY: &str = "CAREFORK_ISOLATED_BY";
 const BEGUN: &str = "carefork-isolated: begun";
 const DONE: &str = "carefork-isolated: done";
 const ESCAPED: &str = "carefork-isolated: a forked child came back out of the test";
@@ -116,10 +118,14 @@ pub fn run_isolated(test_name: &str, seconds: u32, setup: Setup, f: impl FnOnce(
     }
 }
 
-/// Whether [`Setup::uid`] can be used: asked before the call, so true in the process that has given root up as well.
+/// Whether [`Setup::uid`] can be used: asked before the call, so the same in the process that has given root up.
 pub fn can_change_user() -> bool {
+    env::var(BY).unwrap_or_else(|_| own_user()) == "0"
+}
+
+fn own_user() -> String {
     // SAFETY: takes nothing.
-    env::var_os(NAME).is_some() || unsafe { libc::geteuid() } == 0
+    unsafe { libc::geteuid() }.to_string()
 }
 
 fn inside(f: impl FnOnce()) -> ! {
@@ -254,7 +260,8 @@ impl<'a> Launch<'a> {
             program = strace::find().expect("strace was found before").into_os_string();
         }
         args.extend(test);
-        let own = [(NAME, test_name), (TAG, tag)].map(|(k, v)| (OsString::from(k), OsString::from(v)));
+        let own =
+            [(NAME, test_name), (TAG, tag), (BY, &own_user())].map(|(k, v)| (OsString::from(k), OsString::from(v)));
         let given = setup.env.iter().map(|(k, v)| (OsString::from(k), OsString::from(v)));
         let mut env: Vec<(OsString, OsString)> = env::vars_os().collect();
         for (key, value) in own.into_iter().chain(given) {
