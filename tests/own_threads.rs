@@ -9,11 +9,9 @@ mod kit;
 use carefork::log::{Builder, Output};
 use carefork::{ForkOptions, Reaper};
 use common::{isolated, raw};
-use kit::{SOON, forked};
+use kit::{SOON, Stop, forked};
 use std::cell::Cell;
 use std::io::{self, Write};
-use std::sync::atomic::AtomicBool;
-use std::sync::atomic::Ordering::SeqCst;
 use std::sync::mpsc::{Sender, channel};
 use std::thread;
 use std::time::Instant;
@@ -128,11 +126,12 @@ fn a_users() {
 #[test]
 fn children_start_threads() {
     isolated("children_start_threads", 300, || {
-        let done = AtomicBool::new(false);
+        let stop = Stop::default();
         thread::scope(|s| {
+            let _stop = stop.on_drop();
             for _ in 0..3 {
                 s.spawn(|| {
-                    while !done.load(SeqCst) {
+                    while !stop.is_set() {
                         carefork::thread::spawn(|| ()).join().expect("no panic");
                     }
                 });
@@ -145,7 +144,6 @@ fn children_start_threads() {
                 });
                 assert_eq!(kit::code(&mut child), 0);
             }
-            done.store(true, SeqCst);
         });
     });
 }

@@ -1,7 +1,7 @@
 //! What cannot be started: the error names the step, and nothing is left (X1).
 
 use crate::common::{self, Setup, can_change_user, isolated, isolated_with, raw};
-use crate::kit::{self, State};
+use crate::kit::{self, State, Stop};
 use crate::{by_fork, sh};
 use carefork::{Command, CommandError, ForkError, Resource, Signals, Stdio, Step};
 use std::fs::{self, File, Permissions};
@@ -9,8 +9,6 @@ use std::io::{self, Write as _};
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd};
 use std::os::unix::fs::PermissionsExt as _;
 use std::path::PathBuf;
-use std::sync::atomic::AtomicBool;
-use std::sync::atomic::Ordering::SeqCst;
 use std::thread;
 
 /// A directory of files that cannot be run, each in a way of its own.
@@ -299,11 +297,12 @@ fn a_clone_that_fails_leaves_everything_as_it_was() {
 fn a_closure_panics_beside_others() {
     let setup = Setup { env: vec![("RUST_BACKTRACE".to_owned(), "1".to_owned())], ..Setup::default() };
     isolated_with("failing::a_closure_panics_beside_others", 60, setup, || {
-        let done = AtomicBool::new(false);
+        let stop = Stop::default();
         thread::scope(|s| {
+            let _stop = stop.on_drop();
             for _ in 0..3 {
                 s.spawn(|| {
-                    while !done.load(SeqCst) {
+                    while !stop.is_set() {
                         assert!(std::panic::catch_unwind(|| panic!("noise")).is_err());
                     }
                 });
@@ -316,7 +315,6 @@ fn a_closure_panics_beside_others() {
                 let e = command.spawn().map(drop).expect_err("refused by the closure");
                 assert!(matches!(e, CommandError::Step { step: Step::PreExec(0), .. }), "{e}");
             }
-            done.store(true, SeqCst);
         });
     });
 }
