@@ -13,7 +13,8 @@ const FAULTS: &[(&str, &str)] = &[
     ("no_nudge", "regions::two_regions_and_a_forker"),
     ("reopen_no_wake", "regions::two_regions_and_a_forker"),
     ("enter_relaxed", "regions::two_regions_and_a_forker"),
-    ("leave_relaxed", "regions::the_end_of_a_region"),
+    // Where no fence follows: loom takes a store and a fence after it for one step.
+    ("leave_relaxed", "regions::without_membarrier"),
     ("enter_no_recheck", "regions::coming_in_late"),
     ("goes_last", "regions::a_region_that_waits_for_an_awaited_one"),
     ("drained_in_one_look", "regions::an_awaited_one_and_a_region"),
