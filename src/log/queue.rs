@@ -134,8 +134,10 @@ thread_local! {
     static OWN: Cell<*const Shared> = const { Cell::new(std::ptr::null()) };
 }
 
-/// So long the end of a program that chose to lose records waits for an output that takes nothing.
-const PATIENCE: Duration = Duration::from_secs(1);
+/// So long, and so often in a row, the end of a program that chose to lose records waits for an output that takes nothing. Often: for a
+/// process that stands still, stopped or starved, time passes that its output has no part in.
+const PATIENCE: Duration = Duration::from_millis(100);
+const LOOKS: u32 = 10;
 
 impl Queue {
     pub(super) fn new(capacity: usize, when_full: WhenFull, worker: Worker) -> Queue {
@@ -231,10 +233,11 @@ impl Queue {
             self.flush();
             return true;
         }
-        let mut seen = self.shared.steps.load(Relaxed);
+        let (mut seen, mut still) = (self.shared.steps.load(Relaxed), 0);
         let mut moves = || {
             let now = self.shared.steps.load(Relaxed);
-            std::mem::replace(&mut seen, now) != now
+            still = if std::mem::replace(&mut seen, now) == now { still + 1 } else { 0 };
+            still < LOOKS
         };
         let (done, wait) = bounded(1);
         let mut message = Message::Flush(done);

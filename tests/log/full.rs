@@ -332,6 +332,41 @@ fn a_slow_writer_gets_all_before_the_end() {
     });
 }
 
+/// Nor is a process given up that was stopped at its end, for longer than an output has to take something.
+#[test]
+fn a_process_that_was_stopped_writes_all_before_the_end() {
+    isolated("full::a_process_that_was_stopped_writes_all_before_the_end", 30, || {
+        let file = Scratch::new("stopped");
+        let pid = noexec(Kind::Foreign, || {
+            let (mut to, mut stops) = (file.append(), true);
+            let output = Output::writer(By(move |bytes: &[u8]| {
+                if std::mem::take(&mut stops) {
+                    // The end waits for this record by then.
+                    drive::a_while();
+                    // SAFETY: no memory is involved.
+                    unsafe { libc::raise(libc::SIGSTOP) };
+                    // The end looks first.
+                    drive::a_while();
+                }
+                to.write(bytes)
+            }));
+            let builder = Builder::new().output(output).background(1000).when_full(WhenFull::Drop);
+            builder.init().expect("the first logger");
+            (0..10).for_each(|n| ::log::info!(target: "storm", "record 0 {n}"));
+            std::process::exit(0)
+        });
+        let mut status = 0;
+        // SAFETY: `status` is live.
+        assert_eq!(unsafe { libc::waitpid(pid, &raw mut status, libc::WUNTRACED) }, pid);
+        assert!(libc::WIFSTOPPED(status), "{status}");
+        thread::sleep(Duration::from_millis(1500));
+        // SAFETY: integers only.
+        assert_eq!(unsafe { libc::kill(pid, libc::SIGCONT) }, 0);
+        ends_well(pid);
+        assert_eq!(numbered(&file.text()), (0..10).collect::<Vec<_>>());
+    });
+}
+
 /// Opening a named pipe waits for its reader: outside of any region.
 #[test]
 fn a_named_pipe_without_a_reader_holds_up_no_fork() {
