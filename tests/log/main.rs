@@ -121,7 +121,7 @@ fn drained(mut from: io::PipeReader) -> thread::JoinHandle<String> {
 
 fn numbered(text: &str) -> Vec<u64> {
     let lines = text.lines().filter(|line| !line.contains(" lost: "));
-    lines.map(|line| numbers(line, "record").expect("a record").1).collect()
+    lines.map(|line| numbers(line, "record").unwrap_or_else(|| panic!("no record: {line:?} in\n{text}")).1).collect()
 }
 
 /// How many records the lines of the log's own say were lost.
