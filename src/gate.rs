@@ -377,9 +377,9 @@ impl<S: Seats> Gate<S> {
 
     // -- locks
 
-    /// The calling thread, inside a region that is not this lock's own, is about to wait for a lock that `owner` holds.
-    pub(crate) fn waits(&self, me: &Slot, owner: u32, at: *const u32) {
-        me.waits_at.store(at.cast_mut(), Relaxed);
+    /// The calling thread, inside a region that is not this lock's own, is about to wait for a lock that `owner` holds; it has said for
+    /// which (`Slot::sleeps`).
+    pub(crate) fn waits(&self, me: &Slot, owner: u32) {
         let looks = (me.waits.load(Relaxed) | u64::from(u32::MAX)).wrapping_add(1);
         // Release pairs with the Acquire in `look`: who sees the owner sees the address.
         me.waits.store(looks | u64::from(owner), Release);
@@ -608,7 +608,7 @@ impl<S: Seats> Gate<S> {
                 if !again || (dozing && !fault("asked_once")) {
                     asked = Some((who, look));
                     if let Some(s) = self.seats.seat(who) {
-                        sync::futex_wake_at(s.waits_at.load(Relaxed));
+                        sync::futex_wake_at(s.waits_at().0);
                     }
                 }
                 if !fault("asked_once") {

@@ -25,6 +25,14 @@ pub(crate) const QUEUED: u32 = 2;
 /// Holds the role.
 pub(crate) const OWNER: u32 = 3;
 
+/// A lock's word, as the lowest bit of its address tells it.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[repr(usize)]
+pub(crate) enum Word {
+    Mutex = 0,
+    Rw = 1,
+}
+
 /// A seat without a thread.
 pub(crate) const VACANT: u32 = 0;
 /// A seat whose thread was left behind by a dirty fork or a bypass: its locks are held for ever, it is not given out again.
@@ -45,6 +53,7 @@ pub(crate) struct Slot {
     /// The id of the owner of the lock that this thread, inside a region, waits for (low half; 0 if none), and a number that
     /// moves on with each look at such a lock.
     pub(crate) waits: AtomicU64,
+    /// The word of the lock that this thread sleeps on, in a region or not; null if none.
     pub(crate) waits_at: AtomicPtr<u32>,
     /// Where the outermost region was entered, in builds that record it.
     pub(crate) entered: AtomicPtr<Location<'static>>,
@@ -119,6 +128,7 @@ impl Slot {
 
     fn forget_fork(&self) {
         self.waits.store(0, Relaxed);
+        self.waits_at.store(std::ptr::null_mut(), Relaxed);
         self.fork.store(NONE, Relaxed);
         self.request.store(std::ptr::null_mut(), Relaxed);
     }
@@ -126,6 +136,38 @@ impl Slot {
     pub(crate) fn clear_guards(&self) {
         let d = self.depth();
         self.depth.store(d - d % LOCK, Release);
+    }
+
+    /// Before a sleep on a lock's word of that kind; what `woke` is to be given, for one that a signal handler on this thread interrupts.
+    pub(crate) fn sleeps(&self, at: *const u32, kind: Word) -> *mut u32 {
+        let before = self.waits_at.load(Relaxed);
+        self.waits_at.store(at.cast_mut().map_addr(|at| at | kind as usize), Relaxed);
+        before
+    }
+
+    pub(crate) fn woke(&self, before: *mut u32) {
+        self.waits_at.store(before, Relaxed);
+    }
+
+    /// The word that this thread sleeps on, and its kind.
+    pub(crate) fn waits_at(&self) -> (*mut u32, Word) {
+        let at = self.waits_at.load(Relaxed);
+        let kind = if at.addr() & Word::Rw as usize == 0 { Word::Mutex } else { Word::Rw };
+        (at.map_addr(|at| at & !(Word::Rw as usize)), kind)
+    }
+
+    /// In a child that a signal handler forked while this thread slept for a lock whose owner is not here: the kernel goes on with the
+    /// sleep when the handler returns, but for a word that has changed. `bits` say that others sleep, who are not here either.
+    #[cfg(not(loom))]
+    pub(crate) fn end_sleep(&self, bits: impl FnOnce(Word) -> u32) {
+        let (at, kind) = self.waits_at();
+        if !at.is_null() {
+            // SAFETY: `sleeps` was given it by a wait for a lock that has not come to its `woke`: it is further down on this thread's
+            // stack, and borrows the lock.
+            #[allow(unsafe_code)]
+            let word = unsafe { AtomicU32::from_ptr(at) };
+            word.fetch_and(!bits(kind), Relaxed);
+        }
     }
 
     /// Where this thread's outermost region began, if recorded.

@@ -152,7 +152,7 @@ impl Seats for SlotTable {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::gate::{GUARD, Gate, LAST_BOUND, LOCK};
+    use crate::gate::{GUARD, Gate, LAST_BOUND, LOCK, Word};
 
     #[test]
     fn who_ended_inside_a_region_is_buried() {
@@ -183,6 +183,26 @@ mod tests {
             gate.leave(awaited, kind);
             gate.leave(seat, LOCK);
         }
+    }
+
+    /// A signal handler's own wait for a lock comes amid that of its thread; what a thread slept on that was left behind is nobody's.
+    #[test]
+    fn waits_nest_and_are_left_behind() {
+        let table = SlotTable::new();
+        let [mine, other] = [1000, 1001].map(|tid| table.claim(tid).unwrap());
+        let (a, b) = (std::sync::atomic::AtomicU32::new(!0), 0);
+        for seat in [mine, other] {
+            let none = seat.sleeps(a.as_ptr(), Word::Rw);
+            assert!(none.is_null());
+            let outer = seat.sleeps(&raw const b, Word::Mutex);
+            assert_eq!(seat.waits_at(), ((&raw const b).cast_mut(), Word::Mutex));
+            seat.woke(outer);
+            assert_eq!(seat.waits_at(), (a.as_ptr(), Word::Rw));
+        }
+        table.keep_only(Some(mine), false);
+        assert!(other.waits_at().0.is_null());
+        mine.end_sleep(|word| u32::from(word == Word::Rw));
+        assert_eq!(a.into_inner(), !1);
     }
 
     /// A fork that waited for its turn when another went ahead dirty is no fork in that one's child.

@@ -6,11 +6,13 @@ mod common;
 mod drive;
 
 use carefork::testing::advance;
-use carefork::{ForkOptions, Hook, no_forking, register, set_foreign_budget};
+use carefork::{ForkOptions, Hook, Mutex, RwLock, no_forking, register, set_foreign_budget};
 use common::{Verdict, isolated, raw, reap};
 use drive::{Kind, SOON, freeze, gettid, until, until_shut};
+use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicI32, Ordering::SeqCst};
+use std::sync::mpsc::channel;
 use std::thread;
 use std::time::Duration;
 
@@ -92,5 +94,39 @@ fn a_handler_forks_at_the_gate() {
         forked_in_the_middle(|| drop(no_forking()));
         let_go.join().expect("no panic");
         fork.join().expect("the child is well");
+    });
+}
+
+/// Who holds the lock is not in the child: the wait that it comes back to ends by a panic.
+#[test]
+fn a_handler_forks_while_a_lock_is_waited_for() {
+    isolated("a_handler_forks_while_a_lock_is_waited_for", 60, || {
+        freeze();
+        std::panic::set_hook(Box::new(|_| ()));
+        let (mutex, rw) = (&Mutex::new(()), &RwLock::new(()));
+        for (in_region, way) in [false, true].into_iter().flat_map(|in_region| [0, 1, 2].map(|way| (in_region, way))) {
+            HANDLERS_FORK.store(-1, SeqCst);
+            thread::scope(|s| {
+                let (tell, told) = channel();
+                s.spawn(move || {
+                    let _held = (way == 0).then(|| mutex.lock());
+                    let _too = (way != 0).then(|| rw.write());
+                    tell.send(()).expect("the test waits");
+                    until(|| HANDLERS_FORK.load(SeqCst) > 0);
+                });
+                told.recv().expect("it has its lock");
+                forked_in_the_middle(|| {
+                    let _region = in_region.then(no_forking);
+                    let had = catch_unwind(AssertUnwindSafe(|| match way {
+                        0 => drop(mutex.lock()),
+                        1 => drop(rw.read()),
+                        _ => drop(rw.write()),
+                    }));
+                    if had.is_err() != (HANDLERS_FORK.load(SeqCst) == 0) {
+                        raw::exit_now(2);
+                    }
+                });
+            });
+        }
     });
 }

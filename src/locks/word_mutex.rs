@@ -11,7 +11,7 @@
 //! The bit may be set with nobody asleep; no waiter is counted. Taking happens inside the region, sleeping outside (unless
 //! the thread is in another region as well), so that nobody who sleeps here keeps a fork waiting, and no child finds a sleeper.
 
-use crate::gate::{Gate, LOCK, Seats, Slot};
+use crate::gate::{Gate, LOCK, Seats, Slot, Word};
 use crate::sync::{self, ANY, AtomicU32, Ordering, Wake, fault};
 
 use Ordering::{Acquire, Relaxed, Release};
@@ -134,9 +134,11 @@ impl WordMutex {
                 gate.leave(me, LOCK);
                 ghost();
             }
+            let before = me.sleeps(self.word_address(), Word::Mutex);
             if me.only(LOCK) {
                 gate.leave(me, LOCK);
                 let woke = sync::futex_wait(&self.word, owner | WAIT, ANY, deadline);
+                me.woke(before);
                 if woke == Wake::TimedOut {
                     return self.give_up();
                 }
@@ -144,8 +146,9 @@ impl WordMutex {
                     return self.give_up();
                 }
             } else {
-                gate.waits(me, owner, self.word_address());
+                gate.waits(me, owner);
                 let woke = sync::futex_wait(&self.word, owner | WAIT, ANY, deadline);
+                me.woke(before);
                 gate.waits_no_more(me);
                 if woke == Wake::TimedOut {
                     gate.leave(me, LOCK);

@@ -16,7 +16,7 @@
 //! A waiting writer keeps new readers out only while somebody holds the lock, who will come by to take the bit off. Not
 //! where the present readers came before a fork: then the bit may be that of a thread which is not here.
 
-use crate::gate::{Gate, LOCK, Seats, Slot};
+use crate::gate::{Gate, LOCK, Seats, Slot, Word};
 use crate::locks::word_mutex::{ghost, recursion};
 use crate::sync::{self, AtomicU32, Ordering, Wake, fault};
 
@@ -28,7 +28,7 @@ const WRITERS_WAIT: u32 = 1 << 29;
 const UPGRADER_WAITS: u32 = 1 << 28;
 const UPGRADABLE: u32 = 1 << 27;
 pub(super) const COUNT: u32 = UPGRADABLE - 1;
-const WAITS: u32 = READERS_WAIT | WRITERS_WAIT | UPGRADER_WAITS;
+pub(crate) const WAITS: u32 = READERS_WAIT | WRITERS_WAIT | UPGRADER_WAITS;
 
 const LOOKS: u32 = if cfg!(loom) { 0 } else { 40 };
 /// How long a writer in a process with ghosts waits for readers from before the fork, who may be the forking thread's own.
@@ -321,12 +321,14 @@ impl WordRw {
             }
             // An upgrader holds the lock: a region, while it waits as well.
             let outside = !keeps && me.only(LOCK);
+            let before = me.sleeps(self.word_address(), Word::Rw);
             if outside {
                 gate.leave(me, LOCK);
             } else if word & WRITER != 0 {
-                gate.waits(me, word & COUNT, self.word_address());
+                gate.waits(me, word & COUNT);
             }
             let woke = sync::futex_wait(&self.word, word, want.sleeper(), until);
+            me.woke(before);
             slept = true;
             let over = woke == Wake::TimedOut && deadline.is_some_and(|d| sync::now() >= d);
             if outside {

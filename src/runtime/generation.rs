@@ -3,6 +3,7 @@
 #![allow(unsafe_code)]
 
 use super::*;
+use crate::locks;
 
 /// A bypass child comes here on its first call (G10).
 #[inline]
@@ -138,6 +139,9 @@ pub(super) fn take_over(ghosts: bool) {
     STATE.gate.seats.keep_only(me, ghosts);
     if ghosts {
         STATE.gate.set_ghosts();
+        if let Some(s) = me {
+            s.end_sleep(locks::waiting_bits);
+        }
     }
     STATE.gate.reset();
     STATE.gate.seats.verdicts.forget();

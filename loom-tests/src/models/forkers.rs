@@ -116,7 +116,8 @@ fn the_forkers_lock_is_waited_for_in_a_region() {
         let a = w.thread(1, move |w, me| {
             w.enter(me, GUARD);
             while waits.load(Ordering::Acquire) != 0 {
-                w.gate.waits(me, 1, std::ptr::from_ref(&*waits).cast());
+                let _before = me.sleeps(std::ptr::from_ref(&*waits).cast(), Word::Mutex);
+                w.gate.waits(me, 1);
                 sync::futex_wait(&waits, 1, sync::ANY, None);
             }
             w.gate.waits_no_more(me);
@@ -141,7 +142,8 @@ fn asked_before_it_sleeps() {
         let lock = Arc::new(AtomicU32::new(1));
         // As thread 1 does before it sleeps.
         w.gate.enter(w.seat(1), GUARD);
-        w.gate.waits(w.seat(1), 1, std::ptr::from_ref(&*lock).cast());
+        let _before = w.seat(1).sleeps(std::ptr::from_ref(&*lock).cast(), Word::Mutex);
+        w.gate.waits(w.seat(1), 1);
         let waits = Arc::clone(&lock);
         let a = w.thread(1, move |w, me| {
             loop {
@@ -150,7 +152,8 @@ fn asked_before_it_sleeps() {
                 if waits.load(Ordering::Acquire) == 0 {
                     break;
                 }
-                w.gate.waits(me, 1, std::ptr::from_ref(&*waits).cast());
+                let _before = me.sleeps(std::ptr::from_ref(&*waits).cast(), Word::Mutex);
+                w.gate.waits(me, 1);
             }
             w.gate.leave(me, GUARD);
         });

@@ -18,7 +18,7 @@ mod regions;
 mod verdicts;
 mod words;
 
-use crate::gate::{ASK_AGAIN, Busy, COURTESY, FIRST_BOUND, GUARD, Gate, LAST_BOUND, LOCK, Seats, Slot};
+use crate::gate::{ASK_AGAIN, Busy, COURTESY, FIRST_BOUND, GUARD, Gate, LAST_BOUND, LOCK, Seats, Slot, Word};
 use crate::prepare::{Hooks, How, Outcome, Plan, Steps, prepare};
 use crate::sync;
 use loom::cell::UnsafeCell;
