@@ -195,11 +195,12 @@ impl<S: Seats> Gate<S> {
     fn enter_slow(&self, me: &Slot, kind: u64, deadline: Option<u64>, awaited: bool) -> bool {
         // In FENCED mode this fence is the region's half; it pairs with the one in `shut`.
         fence(SeqCst);
-        if self.word.load(Acquire) & STATE != SHUT {
+        let mut shut = self.word.load(Acquire);
+        if shut & STATE != SHUT {
             return true;
         }
         // The forker itself: its hooks and other libraries' handlers may use regions. Only this thread writes its id here.
-        if self.role.load(Relaxed) == me.id() || (awaited && self.goes_first()) {
+        if self.role.load(Relaxed) == me.id() || (awaited && self.goes_first(shut)) {
             return true;
         }
         // Counted before stepping back, so that a forker never sees neither.
@@ -207,15 +208,13 @@ impl<S: Seats> Gate<S> {
         let entered = loop {
             me.depth.store(0, Release);
             self.left();
-            if !self.wait_open(deadline) {
+            if !self.wait_open(awaited.then_some(shut), deadline) {
                 break false;
             }
             me.depth.store(kind, Relaxed);
             fence(SeqCst);
-            if self.word.load(Acquire) & STATE != SHUT || fault("enter_no_recheck") {
-                break true;
-            }
-            if awaited && self.goes_first() {
+            shut = self.word.load(Acquire);
+            if shut & STATE != SHUT || fault("enter_no_recheck") || (awaited && self.goes_first(shut)) {
                 break true;
             }
         };
@@ -229,12 +228,13 @@ impl<S: Seats> Gate<S> {
         entered
     }
 
-    /// By an awaited thread at a shut gate, its region in its seat: whether it may have it. The forker has to wait in any case for a region
-    /// that may wait for this thread; the regions of other awaited ones are no reason, or two of them would do for ever.
-    pub(crate) fn goes_first(&self) -> bool {
+    /// By an awaited thread at a gate that it has found shut by `shut`, its region in its seat: whether it may have it. The forker has to wait in
+    /// any case for a region that may wait for this thread; the regions of other awaited ones are no reason, or two of them would do for ever.
+    ///
+    /// A no is for as long as the gate is shut by `shut`: before it is opened there is no new reason.
+    pub(crate) fn goes_first(&self, shut: u32) -> bool {
         // Those who passed the gate before it was shut are seen; where there is no membarrier, their own fence does it.
         heavy_fence();
-        let shut = self.word.load(Acquire);
         let forker = self.role.load(Relaxed);
         let mut waited_for = false;
         self.seats.each(|s| {
@@ -252,12 +252,13 @@ impl<S: Seats> Gate<S> {
         self.drained.load(Relaxed) != shut
     }
 
-    /// Waits while the gate is shut; reopens it when the forker's time is up (G11).
-    fn wait_open(&self, deadline: Option<u64>) -> bool {
+    /// Waits while the gate is shut; reopens it when the forker's time is up (G11). An awaited thread waits no longer than while it is shut by
+    /// `asked`: of another fork's regions one may wait for it.
+    fn wait_open(&self, asked: Option<u32>, deadline: Option<u64>) -> bool {
         loop {
             // Acquire: the `deadline` that goes with this word was stored before it.
             let w = self.word.load(Acquire);
-            if w & STATE != SHUT {
+            if w & STATE != SHUT || (asked.is_some_and(|shut| w != shut) && !fault("asks_once")) {
                 return true;
             }
             let bound = self.deadline.load(Relaxed);

@@ -178,7 +178,7 @@ mod tests {
             gate.enter(seat, LOCK);
             let kind = gate.enter_awaited(awaited);
             let shut = gate.shut(LAST_BOUND);
-            assert_eq!(gate.goes_first(), goes_first);
+            assert_eq!(gate.goes_first(shut), goes_first);
             gate.reopen(shut);
             gate.leave(awaited, kind);
             gate.leave(seat, LOCK);

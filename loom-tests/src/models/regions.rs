@@ -238,3 +238,40 @@ fn the_child_goes_on_after_another_forker() {
         a.join().unwrap();
     });
 }
+
+/// B, slow to come in when the gate opens, finds it shut again, by a fork that waits for A, who waits for B.
+#[test]
+fn an_awaited_one_comes_in_late() {
+    check(2, || {
+        let w = World::new(3);
+        let me = w.seat(0);
+        assert!(w.gate.try_role(me));
+        // The bound is far off: nobody but the forker reopens.
+        let shut = w.gate.shut(LAST_BOUND);
+        let message = Arc::new(AtomicU32::new(0));
+        let sends = Arc::clone(&message);
+        let b = w.thread(2, move |w, me| {
+            let kind = w.gate.enter_awaited(me);
+            w.acts(me, 1);
+            sends.store(1, Ordering::Release);
+            sync::futex_wake(&sends, 1, sync::ANY);
+            w.acts(me, 0);
+            w.gate.leave(me, kind);
+        });
+        assert!(w.gate.reopen(shut));
+        w.gate.drop_role(me);
+        w.enter(w.seat(1), GUARD);
+        let a = w.thread(1, move |w, me| {
+            while message.load(Ordering::Acquire) == 0 {
+                sync::futex_wait(&message, 0, sync::ANY, None);
+            }
+            w.leave(me, GUARD);
+        });
+        let clock = thread::spawn(|| sync::advance(COURTESY));
+        let plan = Plan { coordinated: true, deadline: None, let_go_at: None, bound: LAST_BOUND, since: None };
+        assert_eq!(w.fork_once(me, &mut NoHooks, &plan), Ended::Forked);
+        a.join().unwrap();
+        b.join().unwrap();
+        clock.join().unwrap();
+    });
+}
