@@ -9,7 +9,7 @@
 //! |----------|--------------------------------|---------------------------------------------------|
 //! | `OPEN`   | begins                         | the role's holder: `shut`                         |
 //! | `FENCED` | begins, with a fence of its own | the same (membarrier was refused once, for good) |
-//! | `SHUT`   | waits; a nested one begins; an awaited one, if a region that may wait for it keeps the forker waiting (`goes_first`) | the forker; a waiter past `deadline` (G11) |
+//! | `SHUT`   | waits; a nested one begins; one that others wait for does not, where their regions keep the forker waiting (`goes_first`) | the forker; a waiter past `deadline` (G11) |
 //!
 //! A thread's seat (`Slot`) holds how deep it is in regions; only that thread writes it. The forker holds the *role*
 //! from its first try to its parent handler, gate open or shut, so that hooks are run by one forker at a time.
@@ -91,6 +91,8 @@ pub(crate) struct Gate<S> {
     sleeping: AtomicU32,
     /// The word of the shut gate that was found without regions: from here on nobody goes first.
     drained: AtomicU32,
+    /// Moves on when the gate is opened and when somebody goes first: those who may go first sleep on it, and ask again.
+    asks: AtomicU32,
     /// The id of the role's holder; 0 if free.
     role: AtomicU32,
     queued: AtomicU32,
@@ -119,6 +121,7 @@ impl<S: Seats> Gate<S> {
             drain: AtomicU32::new(0),
             sleeping: AtomicU32::new(0),
             drained: AtomicU32::new(0),
+            asks: AtomicU32::new(0),
             role: AtomicU32::new(0),
             queued: AtomicU32::new(0),
             tickets: AtomicU32::new(0),
@@ -144,23 +147,9 @@ impl<S: Seats> Gate<S> {
         }
         // Acquire pairs with the opening's Release: this region sees what the forker's hooks left.
         if self.word.load(if fault("enter_relaxed") { Relaxed } else { Acquire }) & STATE != OPEN {
-            self.enter_slow(me, kind, None, false);
+            self.enter_slow(me, kind, None);
         }
         true
-    }
-
-    /// Begins a region of a thread that others may wait for in theirs, as a queue's that is full: while one of them keeps the forker
-    /// waiting, it is not kept out. What to `leave` by.
-    pub(crate) fn enter_awaited(&self, me: &Slot) -> u64 {
-        if me.depth.load(Relaxed) != 0 {
-            return 0;
-        }
-        me.depth.store(AWAITED, Relaxed);
-        light_fence();
-        if self.word.load(Acquire) & STATE != OPEN {
-            self.enter_slow(me, AWAITED, None, true);
-        }
-        AWAITED
     }
 
     /// `enter` with an end to the waiting; false, and no region, when it passes.
@@ -171,7 +160,7 @@ impl<S: Seats> Gate<S> {
             return true;
         }
         light_fence();
-        self.word.load(Acquire) & STATE == OPEN || self.enter_slow(me, kind, deadline, false)
+        self.word.load(Acquire) & STATE == OPEN || self.enter_slow(me, kind, deadline)
     }
 
     /// Begins a region unless the gate is shut. Never waits. Async-signal-safe.
@@ -192,15 +181,16 @@ impl<S: Seats> Gate<S> {
 
     #[cold]
     #[inline(never)]
-    fn enter_slow(&self, me: &Slot, kind: u64, deadline: Option<u64>, awaited: bool) -> bool {
+    fn enter_slow(&self, me: &Slot, kind: u64, deadline: Option<u64>) -> bool {
         // In FENCED mode this fence is the region's half; it pairs with the one in `shut`.
         fence(SeqCst);
-        let mut shut = self.word.load(Acquire);
+        let mut asked = self.asks.load(Acquire);
+        let shut = self.word.load(Acquire);
         if shut & STATE != SHUT {
             return true;
         }
         // The forker itself: its hooks and other libraries' handlers may use regions. Only this thread writes its id here.
-        if self.role.load(Relaxed) == me.id() || (awaited && self.goes_first(shut)) {
+        if self.role.load(Relaxed) == me.id() || self.goes_first(me, shut) {
             return true;
         }
         // Counted before stepping back, so that a forker never sees neither.
@@ -208,13 +198,14 @@ impl<S: Seats> Gate<S> {
         let entered = loop {
             me.depth.store(0, Release);
             self.left();
-            if !self.wait_open(awaited.then_some(shut), deadline) {
+            if !self.wait_open(me, asked, deadline) {
                 break false;
             }
             me.depth.store(kind, Relaxed);
+            asked = self.asks.load(Acquire);
             fence(SeqCst);
-            shut = self.word.load(Acquire);
-            if shut & STATE != SHUT || fault("enter_no_recheck") || (awaited && self.goes_first(shut)) {
+            let shut = self.word.load(Acquire);
+            if shut & STATE != SHUT || fault("enter_no_recheck") || self.goes_first(me, shut) {
                 break true;
             }
         };
@@ -228,19 +219,22 @@ impl<S: Seats> Gate<S> {
         entered
     }
 
-    /// By an awaited thread at a gate that it has found shut by `shut`, its region in its seat: whether it may have it. The forker has to wait in
-    /// any case for a region that may wait for this thread; the regions of other awaited ones are no reason, or two of them would do for ever.
+    /// At a gate that was found shut by `shut`, the region in the thread's seat: whether it may have it, because the forker has to wait in any
+    /// case for a region that may wait for this thread. Of a lower rank, or two of them would let each other in for ever.
     ///
-    /// A no is for as long as the gate is shut by `shut`: before it is opened there is no new reason.
-    pub(crate) fn goes_first(&self, shut: u32) -> bool {
+    /// A no is for as long as `asks` stands still. There is no new reason before the gate is opened but another that has gone first, for one
+    /// of a lower rank or, without need, for an ordinary thread on its way back from the gate.
+    pub(crate) fn goes_first(&self, me: &Slot, shut: u32) -> bool {
+        if me.rank() == ANYBODY {
+            return false;
+        }
         // Those who passed the gate before it was shut are seen; where there is no membarrier, their own fence does it.
         heavy_fence();
         let forker = self.role.load(Relaxed);
         let mut waited_for = false;
         self.seats.each(|s| {
-            // None of this thread's own, which is awaited.
-            let depth = s.depth.load(Acquire);
-            waited_for = depth != 0 && depth & AWAITED == 0 && s.id() != forker && !s.is_ghost();
+            let waits = s.depth.load(Acquire) != 0 && s.rank() < me.rank();
+            waited_for = waits && s.id() != forker && !s.is_ghost();
             !waited_for
         });
         if !waited_for || fault("goes_last") {
@@ -249,16 +243,32 @@ impl<S: Seats> Gate<S> {
         // Pairs with `drain`: the forker finds the count moved and looks again, or this finds that it has looked for the last time.
         self.drain.fetch_add(1, SeqCst);
         fence(SeqCst);
-        self.drained.load(Relaxed) != shut
+        if self.drained.load(Relaxed) == shut {
+            return false;
+        }
+        if me.rank() < WRITER && !fault("goes_silently") {
+            self.ask_again();
+        }
+        true
     }
 
-    /// Waits while the gate is shut; reopens it when the forker's time is up (G11). An awaited thread waits no longer than while it is shut by
-    /// `asked`: of another fork's regions one may wait for it.
-    fn wait_open(&self, asked: Option<u32>, deadline: Option<u64>) -> bool {
+    fn ask_again(&self) {
+        self.asks.fetch_add(1, AcqRel);
+        // Pairs with the kernel's own between `wait_open` calling it and its look at `asks`.
+        fence(SeqCst);
+        if self.waiters.load(Relaxed) != 0 {
+            sync::futex_wake(&self.asks, u32::MAX, ANY);
+        }
+    }
+
+    /// Waits while the gate is shut; reopens it when the forker's time is up (G11). Who may go first waits no longer than while `asks`
+    /// is `asked`.
+    fn wait_open(&self, me: &Slot, asked: u32, deadline: Option<u64>) -> bool {
+        let asks = me.rank() != ANYBODY && !fault("asks_once");
         loop {
             // Acquire: the `deadline` that goes with this word was stored before it.
             let w = self.word.load(Acquire);
-            if w & STATE != SHUT || (asked.is_some_and(|shut| w != shut) && !fault("asks_once")) {
+            if w & STATE != SHUT || (asks && self.asks.load(Acquire) != asked) {
                 return true;
             }
             let bound = self.deadline.load(Relaxed);
@@ -271,7 +281,8 @@ impl<S: Seats> Gate<S> {
                 return false;
             }
             let until = deadline.map_or(bound, |d| d.min(bound));
-            sync::futex_wait(&self.word, w, ANY, Some(until));
+            let (place, seen) = if asks { (&self.asks, asked) } else { (&self.word, w) };
+            sync::futex_wait(place, seen, ANY, Some(until));
         }
     }
 
@@ -561,6 +572,9 @@ impl<S: Seats> Gate<S> {
         if mine && self.waiters.load(Relaxed) != 0 && !fault("reopen_no_wake") {
             sync::futex_wake(&self.word, u32::MAX, ANY);
         }
+        if mine {
+            self.ask_again();
+        }
         mine
     }
 
@@ -660,7 +674,7 @@ impl<S: Seats> Gate<S> {
             // As in `look`.
             let depth = s.depth.load(Acquire);
             if depth != 0 && !s.is_ghost() {
-                f(s.seen(), (depth % LOCK + depth / AWAITED) as u32, (depth % AWAITED / LOCK) as u32);
+                f(s.seen(), (depth % LOCK) as u32, (depth / LOCK) as u32);
             }
             true
         });
@@ -714,6 +728,7 @@ impl<S: Seats> Gate<S> {
             &self.drain,
             &self.sleeping,
             &self.drained,
+            &self.asks,
             &self.role,
             &self.queued,
             &self.turn,

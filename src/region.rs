@@ -36,8 +36,9 @@ pub struct NoForking {
 /// waits. It costs a few nanoseconds, whatever the number of threads. What happens inside should be short and must
 /// not wait for a fork: a coordinated fork that waits longer than its budget (1 s unless set) gives up with
 /// [`ForkError::Busy`](crate::ForkError::Busy), which names this place in builds with debug assertions. Who waits inside for another thread
-/// that begins a region keeps a pending fork from coming until its bound lets that thread in; carefork's own threads, which a
-/// [`Service`](crate::Service), a [logger](crate::log) and [`thread::spawn`](crate::thread::spawn) start, are let in at once.
+/// that begins a region keeps a pending fork from coming until its bound lets that thread in. The threads of a [`Service`](crate::Service), a
+/// [`Reaper`](crate::Reaper) and a [logger](crate::log) are let in at once, as are the ends of those that [`thread::spawn`](crate::thread::spawn)
+/// starts; but not a service's thread for a region that another service's handler is in.
 ///
 /// In a child there is nothing special about it. Forking inside one's own region is refused (G4).
 ///
@@ -83,26 +84,12 @@ pub fn try_no_forking() -> Option<NoForking> {
     Some(NoForking { not_send: PhantomData })
 }
 
-/// A region of a thread of carefork's own that others may wait for in regions of theirs, as that of a full queue. No fork waits for both
-/// and keeps this one out meanwhile.
-pub(crate) struct Awaited {
-    kind: u64,
-    not_send: PhantomData<*mut ()>,
-}
-
-#[track_caller]
-pub(crate) fn awaited() -> Awaited {
-    let me = me();
-    let kind = gate().enter_awaited(me);
-    if kind != 0 {
-        record(me);
-    }
-    Awaited { kind, not_send: PhantomData }
-}
-
-impl Drop for Awaited {
-    fn drop(&mut self) {
-        gate().leave(me(), self.kind);
+/// Others may wait, in regions of theirs, for what this thread does from here on: no fork waits for them and keeps it out of its own. Until the
+/// thread's end; in a child nobody does.
+pub(crate) fn awaited(rank: u8) {
+    // Without memory for a seat it is kept out like others, until there is some.
+    if let Some(me) = try_me() {
+        me.rise(rank);
     }
 }
 

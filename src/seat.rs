@@ -3,7 +3,7 @@
 //! Pure, as the gate. Only its own thread writes a seat, but for the fields that say who sits there.
 
 use crate::passage::Passage;
-use crate::sync::{AtomicPtr, AtomicU32, AtomicU64, Ordering};
+use crate::sync::{AtomicPtr, AtomicU8, AtomicU32, AtomicU64, Ordering};
 use std::panic::Location;
 
 use Ordering::{Relaxed, Release};
@@ -12,18 +12,27 @@ use Ordering::{Relaxed, Release};
 pub(crate) const GUARD: u64 = 1;
 /// One held lock of section L.
 pub(crate) const LOCK: u64 = 1 << 32;
-/// The region of a thread that others may wait for in theirs (`Gate::enter_awaited`).
-pub(crate) const AWAITED: u64 = 1 << 63;
 
 // What a thread has to do with forking.
 /// Not forking.
-pub(crate) const NONE: u32 = 0;
+pub(crate) const NONE: u8 = 0;
 /// In a coordinated fork, not yet in carefork's prepare handler (other libraries' handlers come first).
-pub(crate) const ENTERED: u32 = 1;
+pub(crate) const ENTERED: u8 = 1;
 /// Waits for the role.
-pub(crate) const QUEUED: u32 = 2;
+pub(crate) const QUEUED: u8 = 2;
 /// Holds the role.
-pub(crate) const OWNER: u32 = 3;
+pub(crate) const OWNER: u8 = 3;
+
+// Who may wait for whom in regions: a thread goes through a shut gate into one of its own for the regions of those of a lower rank
+// (`Gate::goes_first`). Handlers join threads and log; so do the destructors of threads that end.
+/// For whom nobody waits that carefork knew of.
+pub(crate) const ANYBODY: u8 = 0;
+/// A service's, or a reaper's.
+pub(crate) const HANDLER: u8 = 1;
+/// One that began by `carefork::thread` and ends.
+pub(crate) const ENDING: u8 = 2;
+/// A log's.
+pub(crate) const WRITER: u8 = 3;
 
 /// A lock's word, as the lowest bit of its address tells it.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -42,13 +51,15 @@ pub(crate) const GHOST: u32 = u32::MAX;
 #[repr(align(128))]
 #[derive(Debug)]
 pub(crate) struct Slot {
-    /// `GUARD`s and `LOCK`s this thread is in, and whether it is `AWAITED`. Written by its own thread only.
+    /// `GUARD`s and `LOCK`s this thread is in. Written by its own thread only.
     pub(crate) depth: AtomicU64,
     /// `VACANT`, `GHOST` or the thread's tid.
     pub(crate) tid: AtomicU32,
     /// This seat's number, from 1; set before the seat is first given out. What a lock word names its owner by.
     pub(crate) id: AtomicU32,
-    pub(crate) fork: AtomicU32,
+    pub(crate) fork: AtomicU8,
+    /// Who may wait for this thread in regions of theirs.
+    pub(crate) rank: AtomicU8,
     pub(crate) ticket: AtomicU32,
     /// The id of the owner of the lock that this thread, inside a region, waits for (low half; 0 if none), and a number that
     /// moves on with each look at such a lock.
@@ -76,7 +87,8 @@ impl Slot {
             depth: AtomicU64::new(0),
             tid: AtomicU32::new(VACANT),
             id: AtomicU32::new(0),
-            fork: AtomicU32::new(NONE),
+            fork: AtomicU8::new(NONE),
+            rank: AtomicU8::new(ANYBODY),
             ticket: AtomicU32::new(0),
             waits: AtomicU64::new(0),
             waits_at: AtomicPtr::new(std::ptr::null_mut()),
@@ -105,13 +117,23 @@ impl Slot {
 
     /// Holds a lock of section L.
     pub(crate) fn holds_lock(&self) -> bool {
-        self.depth() % AWAITED >= LOCK
+        self.depth() >= LOCK
     }
 
     /// This thread is in no region but one of `kind`.
     #[inline(always)]
     pub(crate) fn only(&self, kind: u64) -> bool {
         self.depth() == kind
+    }
+
+    #[inline(always)]
+    pub(crate) fn rank(&self) -> u8 {
+        self.rank.load(Relaxed)
+    }
+
+    /// By this thread: for what it is to be let in from here on.
+    pub(crate) fn rise(&self, rank: u8) {
+        self.rank.store(rank.max(self.rank()), Relaxed);
     }
 
     /// For a thread's end, `force_unlock` and the child: as if never entered. The caller calls `Gate::left`.

@@ -152,7 +152,7 @@ impl Seats for SlotTable {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::gate::{GUARD, Gate, LAST_BOUND, LOCK, Word};
+    use crate::gate::{ANYBODY, ENDING, GUARD, Gate, HANDLER, LAST_BOUND, LOCK, WRITER, Word};
 
     #[test]
     fn who_ended_inside_a_region_is_buried() {
@@ -167,20 +167,27 @@ mod tests {
         }
     }
 
-    /// At a shut gate an awaited thread goes first for the region of another; not for the forker's own, nor one that is awaited itself: with
-    /// them it would be kept out never, and the fork for ever.
+    /// At a shut gate a thread goes first for the region of one of a lower rank; not for the forker's own, nor one of its own rank: with them it
+    /// would be kept out never, and the fork for ever.
     #[test]
-    fn who_waits_for_an_awaited_region() {
+    fn who_waits_for_an_awaited_thread() {
         let gate = Gate::new(SlotTable::new());
-        let [forker, awaited, other] = [1000, 1001, 1002].map(|tid| gate.seats.claim(tid).unwrap());
+        let seats = [1000, 1001, 1002].map(|tid| gate.seats.claim(tid).unwrap());
+        let [forker, mine, other] = seats;
         assert!(gate.try_role(forker));
-        for (seat, goes_first) in [(forker, false), (other, true)] {
+        for (seat, theirs, ours) in [forker, other].into_iter().flat_map(|seat| {
+            [ANYBODY, HANDLER, ENDING, WRITER]
+                .into_iter()
+                .flat_map(move |theirs| [ANYBODY, HANDLER, ENDING, WRITER].map(|ours| (seat, theirs, ours)))
+        }) {
+            seat.rank.store(theirs, Ordering::Relaxed);
+            mine.rank.store(ours, Ordering::Relaxed);
             gate.enter(seat, LOCK);
-            let kind = gate.enter_awaited(awaited);
+            gate.enter(mine, GUARD);
             let shut = gate.shut(LAST_BOUND);
-            assert_eq!(gate.goes_first(shut), goes_first);
+            assert_eq!(gate.goes_first(mine, shut), std::ptr::eq(seat, other) && theirs < ours);
             gate.reopen(shut);
-            gate.leave(awaited, kind);
+            gate.leave(mine, GUARD);
             gate.leave(seat, LOCK);
         }
     }

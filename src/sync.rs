@@ -25,7 +25,7 @@ mod real {
     use super::Wake;
     use crate::{clock, sys};
     pub(crate) use std::hint::spin_loop;
-    pub(crate) use std::sync::atomic::{AtomicPtr, AtomicU32, AtomicU64, Ordering, compiler_fence, fence};
+    pub(crate) use std::sync::atomic::{AtomicPtr, AtomicU8, AtomicU32, AtomicU64, Ordering, compiler_fence, fence};
 
     /// A deviation that the models must catch. Compiled in, and named by the environment, only under loom.
     #[inline(always)]
@@ -104,7 +104,7 @@ mod model {
     use super::Wake;
     pub(crate) use loom::hint::spin_loop;
     use loom::sync::Mutex;
-    pub(crate) use loom::sync::atomic::{AtomicPtr, AtomicU32, AtomicU64, Ordering, fence};
+    pub(crate) use loom::sync::atomic::{AtomicPtr, AtomicU8, AtomicU32, AtomicU64, Ordering, fence};
     use loom::thread::{Thread, current, park};
     use std::sync::Arc;
     use std::sync::OnceLock;

@@ -8,14 +8,15 @@
 //! carefork's own ([`Service`](crate::Service), loggers, reapers) are of this kind. Threads that other libraries start while others fork are
 //! not: have them started (a pool's first use) before the first fork, or keep children from starting threads.
 
+use crate::gate::{ANYBODY, ENDING};
 use crate::region::{awaited, no_forking};
 use std::io;
 use std::sync::mpsc::channel;
 pub use std::thread::JoinHandle;
 use std::thread::{self, Scope, ScopedJoinHandle};
 
-/// Starts a thread, as [`std::thread::spawn`] does; it has begun when this returns, and no fork comes before. To be joined outside of hooks and
-/// regions: a thread that ends waits for the fork under way.
+/// Starts a thread, as [`std::thread::spawn`] does; it has begun when this returns, and no fork comes before. To be joined outside of hooks: a
+/// thread that ends waits for the fork under way. Joined in a region, its end does not; regions that it begins before do ([`no_forking`]).
 ///
 /// # Panics
 /// If the thread cannot be started: [`Builder`] says why.
@@ -74,7 +75,7 @@ impl Builder {
     /// # Errors
     /// EAGAIN, where there may be no more threads; ENOMEM.
     pub fn spawn<T: Send + 'static>(self, f: impl FnOnce() -> T + Send + 'static) -> io::Result<JoinHandle<T>> {
-        begun(f, (), |f| self.0.spawn(f))
+        begun(f, ANYBODY, (), |f| self.0.spawn(f))
     }
 
     /// Starts the thread in a scope of std's, for as long as that lasts.
@@ -86,31 +87,36 @@ impl Builder {
         scope: &'scope Scope<'scope, '_>,
         f: impl FnOnce() -> T + Send + 'scope,
     ) -> io::Result<ScopedJoinHandle<'scope, T>> {
-        begun(f, (), |f| self.0.spawn_scoped(scope, f))
+        begun(f, ANYBODY, (), |f| self.0.spawn_scoped(scope, f))
     }
 }
 
-/// One of carefork's own. `last` is dropped as its last act, inside the region that ends with the thread.
+/// One of carefork's own, for which others may wait (`rank`). `last` is dropped as its last act, inside the region that ends with the thread.
 ///
 /// # Errors
 /// As for `Builder::spawn`.
 pub(crate) fn start<L: Send + 'static>(
     name: &str,
+    rank: u8,
     last: L,
     f: impl FnOnce() + Send + 'static,
 ) -> io::Result<JoinHandle<()>> {
-    begun(f, last, |f| thread::Builder::new().name(name.to_owned()).spawn(f))
+    begun(f, rank, last, |f| thread::Builder::new().name(name.to_owned()).spawn(f))
 }
 
 /// `start` starts a thread with what it is given.
 fn begun<'a, T, L: Send + 'a, J>(
     f: impl FnOnce() -> T + Send + 'a,
+    rank: u8,
     last: L,
     start: impl FnOnce(Box<dyn FnOnce() -> T + Send + 'a>) -> io::Result<J>,
 ) -> io::Result<J> {
     let _region = no_forking();
     let (begins, begun) = channel::<()>();
     let thread = start(Box::new(move || {
+        if rank != ANYBODY {
+            awaited(rank);
+        }
         drop(begins);
         let _end = End(last);
         f()
@@ -125,8 +131,10 @@ struct End<L>(#[allow(dead_code)] L);
 
 impl<L> Drop for End<L> {
     fn drop(&mut self) {
-        // A forgotten guard is a region until the thread is gone (G7). Others may join it in regions of theirs.
+        // Others may join it in regions of theirs.
+        awaited(ENDING);
+        // A forgotten guard is a region until the thread is gone (G7).
         #[allow(clippy::mem_forget)]
-        std::mem::forget((awaited(), no_forking()));
+        std::mem::forget(no_forking());
     }
 }

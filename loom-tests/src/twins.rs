@@ -4,7 +4,7 @@
 
 use super::*;
 use crate::passage::Passage;
-use crate::sync::AtomicPtr;
+use crate::sync::{AtomicPtr, AtomicU8};
 
 impl Slot {
     /// A taken seat.
@@ -13,7 +13,8 @@ impl Slot {
             depth: AtomicU64::new(0),
             tid: AtomicU32::new(id),
             id: AtomicU32::new(id),
-            fork: AtomicU32::new(NONE),
+            fork: AtomicU8::new(NONE),
+            rank: AtomicU8::new(ANYBODY),
             ticket: AtomicU32::new(0),
             waits: AtomicU64::new(0),
             waits_at: AtomicPtr::new(std::ptr::null_mut()),
@@ -24,13 +25,14 @@ impl Slot {
         }
     }
 
-    fn words(&self) -> [&AtomicU32; 4] {
-        [&self.tid, &self.id, &self.fork, &self.ticket]
+    fn words(&self) -> [&AtomicU32; 3] {
+        [&self.tid, &self.id, &self.ticket]
     }
 
     pub(crate) fn copied(&self) -> Self {
         let copy = Self::new(0);
         copy.depth.store(self.depth.load(Acquire), Relaxed);
+        copy.fork.store(self.fork.load(Acquire), Relaxed);
         copy.waits.store(self.waits.load(Acquire), Relaxed);
         for (to, from) in copy.words().into_iter().zip(self.words()) {
             to.store(from.load(Acquire), Relaxed);
@@ -52,6 +54,7 @@ impl<S> Gate<S> {
             drain: AtomicU32::new(0),
             sleeping: AtomicU32::new(0),
             drained: AtomicU32::new(0),
+            asks: AtomicU32::new(0),
             role: AtomicU32::new(0),
             queued: AtomicU32::new(0),
             tickets: AtomicU32::new(0),
@@ -62,7 +65,7 @@ impl<S> Gate<S> {
         }
     }
 
-    fn words(&self) -> [&AtomicU32; 12] {
+    fn words(&self) -> [&AtomicU32; 13] {
         [
             &self.mode,
             &self.committed,
@@ -71,6 +74,7 @@ impl<S> Gate<S> {
             &self.drain,
             &self.sleeping,
             &self.drained,
+            &self.asks,
             &self.role,
             &self.queued,
             &self.tickets,

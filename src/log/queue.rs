@@ -6,7 +6,8 @@
 use super::builder::WhenFull;
 use super::line::Style;
 use super::output::{Sink, Stopped};
-use crate::{Mutex, OnceLock, region, runtime, sys, sys_signals};
+use crate::gate::WRITER;
+use crate::{Mutex, OnceLock, runtime, sys, sys_signals};
 use crossbeam_channel::{Receiver, RecvTimeoutError, SendTimeoutError, Sender, bounded, unbounded};
 use std::cell::Cell;
 use std::collections::VecDeque;
@@ -157,7 +158,7 @@ impl Queue {
             let rx = self.rx.clone();
             // The program's signal handlers are not for this thread.
             let mask = sys_signals::block_all();
-            let thread = crate::thread::start("carefork-log", (), move || worker.run(&rx));
+            let thread = crate::thread::start("carefork-log", WRITER, (), move || worker.run(&rx));
             sys_signals::set_mask(&mask);
             thread.is_ok()
         })
@@ -371,11 +372,7 @@ impl Worker {
     }
 
     fn guarded(&self, records: u64, f: impl FnOnce(&Sink) -> Result<(), Stopped>) -> bool {
-        self.caught(records, || {
-            // Threads wait for room in regions of theirs, too.
-            let _region = self.sink.is_writer().then(region::awaited);
-            f(&self.sink)
-        })
+        self.caught(records, || f(&self.sink))
     }
 
     /// Whether it went well. A writer that panics loses its record, not the thread.

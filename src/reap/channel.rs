@@ -2,6 +2,7 @@
 
 use super::exit::Exit;
 use super::reaper::{Reaper, Shared};
+use crate::gate::HANDLER;
 use crate::locks::Mutex;
 use crate::{sys, sys_signals};
 use crossbeam_channel::{Receiver, Sender, unbounded};
@@ -87,7 +88,7 @@ impl Reaper {
 /// Its signals are blocked: handlers run on the program's own threads.
 fn start(shared: Arc<Shared>) -> io::Result<()> {
     let mask = sys_signals::block_all();
-    let thread = crate::thread::start("carefork-reaper", (), move || run(&shared));
+    let thread = crate::thread::start("carefork-reaper", HANDLER, (), move || run(&shared));
     sys_signals::set_mask(&mask);
     thread.map(drop)
 }

@@ -149,6 +149,8 @@ pub(super) fn take_over(ghosts: bool) {
         // A child's one thread has the number of the process.
         s.tid.store(pid, Relaxed);
         s.request.store(std::ptr::null_mut(), Relaxed);
+        // Whatever it did for others, they are not here.
+        s.rank.store(ANYBODY, Relaxed);
     }
     for c in [
         &STATE.count.forks,

@@ -10,7 +10,7 @@ use crate::at_work::AtWork;
 use crate::care_table;
 use crate::durations::Clocked;
 use crate::error::{ForkError, Report};
-use crate::gate::{Busy, FIRST_BOUND, Gate, Slot, VACANT};
+use crate::gate::{ANYBODY, Busy, FIRST_BOUND, Gate, Slot, VACANT};
 use crate::hook::{self, Calls, Phase};
 use crate::hook_list::{HookList, Step};
 use crate::passage::{Passage, Stage};
@@ -273,6 +273,7 @@ fn try_me_slow() -> Option<&'static Slot> {
     }
     if let Some(s) = s {
         s.passage.clear();
+        s.rank.store(ANYBODY, Relaxed);
         let name = sys::thread_name();
         for (word, bytes) in s.name.iter().zip(name.as_chunks::<8>().0) {
             word.store(u64::from_ne_bytes(*bytes), Relaxed);

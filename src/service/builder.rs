@@ -2,6 +2,7 @@
 
 use super::worker::{State, Worker};
 use super::{Control, Inner, Line, RUNNING, Service, ServiceError};
+use crate::gate::HANDLER;
 use crate::hook::Hook;
 use crate::locks::{Mutex, Own};
 use crate::registration::register;
@@ -31,7 +32,7 @@ pub enum OnChild<S> {
     /// The state is never in the middle of a message: it lives behind a [`Mutex`] that is held while a message
     /// or [`ServiceBuilder::every`]'s function is at work. So a fork waits for one of them at most, and they must be short and
     /// must not wait for a fork. Taking it begins an outermost region: so under this one, and no other, the service's thread waits
-    /// before its next message while a pending fork keeps the gate shut, unless that fork waits for a region anyway.
+    /// before its next message while a pending fork keeps the gate shut, unless that fork waits for a region anyway that is no service's.
     ///
     /// The function runs in the child, on the thread that starts the service there, inside a region. What it looks at is the state of
     /// the last process on the way here in which the service ran.
@@ -198,7 +199,7 @@ impl<S: Send + 'static> ServiceBuilder<S> {
             generation: runtime::generation(),
         };
         let (ends, end) = bounded(0);
-        let thread = crate::thread::start(service, ends, move || worker.run_to_end());
+        let thread = crate::thread::start(service, HANDLER, ends, move || worker.run_to_end());
         let thread = thread.map_err(|error| ServiceError::Os { service, error })?;
         // The one before, if any, is a ghost's, which holds on to it: it is not dropped by this.
         *shared.lock() = to_share;

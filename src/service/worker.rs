@@ -4,7 +4,7 @@ use super::builder::{Handler, Regular};
 use super::{Control, Item, PANICKED};
 use crate::error::Text;
 use crate::locks::Mutex;
-use crate::{region, runtime, sys};
+use crate::{runtime, sys};
 use crossbeam_channel::{Receiver, RecvTimeoutError};
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::Arc;
@@ -33,21 +33,14 @@ impl<S> State<S> {
     fn with(&mut self, f: impl FnOnce(&mut S)) {
         match self {
             State::Own(state) => f(state),
-            State::Shared(state) => {
-                // Others wait for answers, and for room in the channel, in regions of theirs, too.
-                let _region = region::awaited();
-                f(state.lock().as_mut().expect("taken by `end` alone"));
-            }
+            State::Shared(state) => f(state.lock().as_mut().expect("taken by `end` alone")),
         }
     }
 
     /// Drops the state, outside of the lock.
     fn end(self) {
         if let State::Shared(state) = self {
-            let state = {
-                let _region = region::awaited();
-                state.lock().take()
-            };
+            let state = state.lock().take();
             drop(state);
         }
     }

@@ -18,6 +18,7 @@ const FAULTS: &[(&str, &str)] = &[
     ("enter_no_recheck", "regions::coming_in_late"),
     ("goes_last", "regions::a_region_that_waits_for_an_awaited_one"),
     ("drained_in_one_look", "regions::an_awaited_one_and_a_region"),
+    ("goes_silently", "regions::an_awaited_one_waits_for_another"),
     ("asks_once", "regions::an_awaited_one_comes_in_late"),
     ("courteous_no_wake", "regions::regions_between_two_forks"),
     ("role_relaxed", "forkers::the_role_alone"),

@@ -18,7 +18,9 @@ mod regions;
 mod verdicts;
 mod words;
 
-use crate::gate::{ASK_AGAIN, Busy, COURTESY, FIRST_BOUND, GUARD, Gate, LAST_BOUND, LOCK, Seats, Slot, Word};
+use crate::gate::{
+    ASK_AGAIN, Busy, COURTESY, Drain, FIRST_BOUND, GUARD, Gate, HANDLER, LAST_BOUND, LOCK, Seats, Slot, WRITER, Word,
+};
 use crate::prepare::{Hooks, How, Outcome, Plan, Steps, prepare};
 use crate::sync;
 use loom::cell::UnsafeCell;

@@ -114,12 +114,11 @@ fn a_region_that_waits_for_an_awaited_one() {
             w.leave(me, GUARD);
         });
         let b = w.thread(2, move |w, me| {
-            let kind = w.gate.enter_awaited(me);
-            w.acts(me, 1);
+            me.rise(WRITER);
+            w.enter(me, GUARD);
             sends.store(1, Ordering::Release);
             sync::futex_wake(&sends, 1, sync::ANY);
-            w.acts(me, 1);
-            w.leave(me, kind);
+            w.leave(me, GUARD);
         });
         assert_eq!(w.fork(w.seat(0), &mut NoHooks, None), Ended::Forked);
         a.join().unwrap();
@@ -134,9 +133,9 @@ fn an_awaited_one_and_a_region() {
         let w = World::new(3);
         w.gate.enter(w.seat(2), GUARD);
         let b = w.thread(1, |w, me| {
-            let kind = w.gate.enter_awaited(me);
-            w.acts(me, 1);
-            w.leave(me, kind);
+            me.rise(WRITER);
+            w.enter(me, GUARD);
+            w.leave(me, GUARD);
         });
         let a = w.thread(2, |w, me| {
             w.acts(me, 1);
@@ -251,12 +250,11 @@ fn an_awaited_one_comes_in_late() {
         let message = Arc::new(AtomicU32::new(0));
         let sends = Arc::clone(&message);
         let b = w.thread(2, move |w, me| {
-            let kind = w.gate.enter_awaited(me);
-            w.acts(me, 1);
+            me.rise(WRITER);
+            w.enter(me, GUARD);
             sends.store(1, Ordering::Release);
             sync::futex_wake(&sends, 1, sync::ANY);
-            w.acts(me, 0);
-            w.gate.leave(me, kind);
+            w.leave(me, GUARD);
         });
         assert!(w.gate.reopen(shut));
         w.gate.drop_role(me);
@@ -273,5 +271,42 @@ fn an_awaited_one_comes_in_late() {
         a.join().unwrap();
         b.join().unwrap();
         clock.join().unwrap();
+    });
+}
+
+/// B goes first for A, whose region ends, and waits for C in its own: C sleeps at the gate by then, or comes there.
+#[test]
+fn an_awaited_one_waits_for_another() {
+    check(2, || {
+        let w = World::new(4);
+        let (me, a) = (w.seat(0), w.seat(1));
+        let message = Arc::new(AtomicU32::new(0));
+        let sends = Arc::clone(&message);
+        w.gate.enter(a, GUARD);
+        assert!(w.gate.try_role(me));
+        let shut = w.gate.shut(LAST_BOUND);
+        let b = w.thread(2, move |w, me| {
+            me.rise(HANDLER);
+            w.enter(me, GUARD);
+            while message.load(Ordering::Acquire) == 0 {
+                sync::futex_wait(&message, 0, sync::ANY, None);
+            }
+            w.leave(me, GUARD);
+        });
+        let c = w.thread(3, move |w, me| {
+            me.rise(WRITER);
+            w.enter(me, GUARD);
+            sends.store(1, Ordering::Release);
+            sync::futex_wake(&sends, 1, sync::ANY);
+            w.leave(me, GUARD);
+        });
+        w.gate.leave(a, GUARD);
+        // The bound is far off: B and C reopen nothing.
+        assert_eq!(w.gate.drain(me, shut, u64::MAX, &mut Busy::NONE.clone()), Drain::Drained);
+        assert!(w.gate.commit(shut));
+        assert!(w.copies(me, shut, || {}));
+        w.gate.drop_role(me);
+        b.join().unwrap();
+        c.join().unwrap();
     });
 }
