@@ -260,6 +260,42 @@ fn three_forks_inside_each_other() {
     });
 }
 
+/// A fork by a hook, or by a handler that prepares after carefork's, is foreign and dirty, and no bypass, whoever's handler is the first to call
+/// in its child.
+#[test]
+fn a_hooks_fork_is_no_bypass() {
+    static FORKS: AtomicBool = AtomicBool::new(false);
+    fn forks() {
+        if FORKS.swap(false, SeqCst) {
+            let pid = foreign(|| {
+                let seen = lineage();
+                check(1, (seen.generation, seen.dirty, seen.bypass) == (1, true, false));
+                check(2, try_no_forking().is_some());
+                0
+            });
+            check(3, reap(pid, SOON) == Verdict::Exited(0));
+        }
+    }
+    fn calls() {
+        drop(try_no_forking());
+    }
+    isolated("a_hooks_fork_is_no_bypass", 30, || {
+        freeze();
+        let hooks = [Hook::new("idle"), Hook::new("forks").prepare(forks)];
+        for (hook, prepare) in hooks.into_iter().zip([forks, nothing]) {
+            let _hook = register(hook);
+            for child in [nothing, calls] {
+                early([prepare, nothing, child]);
+                for kind in BOTH {
+                    FORKS.store(true, SeqCst);
+                    let pid = kind.fork(|| i32::from(lineage().dirty || lineage().bypass || lineage().generation != 1));
+                    assert_eq!((reap(pid, SOON), FORKS.load(SeqCst)), (Verdict::Exited(0), false), "{kind:?}");
+                }
+            }
+        }
+    });
+}
+
 // -- a signal inside a fork
 
 /// No handler runs in a child before it is one: a dirty fork's has its signals as they were, and each first write to a page is an

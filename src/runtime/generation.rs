@@ -90,7 +90,7 @@ pub(super) fn mend(alive: &AtomicU32) {
 }
 
 fn mend_here() {
-    if !matches!(stage(), Stage::None | Stage::Working | Stage::Mended) {
+    if is_nested() || !matches!(stage(), Stage::None | Stage::Working | Stage::Mended) {
         // A real at-fork child in which another library's handler came here before ours.
         become_child(true);
         return;

@@ -445,17 +445,7 @@ pub(super) extern "C" fn on_child() {
 
 #[inline(always)]
 fn child_is_told() {
-    if let Some(me) = seated()
-        && me.passage.nested.replace(0) > 0
-    {
-        // Forked by a hook: nothing was agreed with anyone. A handler is at work still, and goes on if that hook returns here: with
-        // whatever this leaves.
-        me.passage.stage.set(Stage::Dirty);
-        me.passage.dirty.set(true);
-        abandon_hooks();
-        STATE.streams.abandon();
-    }
-    if stage() != Stage::Mended {
+    if is_nested() || stage() != Stage::Mended {
         become_child(false);
     }
     let Some(me) = seated() else { return };
@@ -473,6 +463,11 @@ pub(super) fn become_child(mending: bool) {
     let unseated = Passage::new();
     let passage = me.map_or(&unseated, |me| &me.passage);
     passage.coordinated.set(me.is_some_and(|m| !m.request.load(Relaxed).is_null()));
+    if passage.nested.replace(0) > 0 {
+        // Nothing was agreed with anyone. A handler is at work still, and goes on if the hook that forked returns here: with whatever
+        // this leaves.
+        passage.stage.set(Stage::Dirty);
+    }
     let mut clean = !passage.dirty.get();
     let mut hooks = false;
     let mut late = false;
@@ -540,6 +535,12 @@ fn close_at_fork() {
 #[inline(always)]
 pub(super) fn stage() -> Stage {
     seated().map_or(Stage::None, |me| me.passage.stage.get())
+}
+
+/// The fork that this is a child of was made by a hook or another library's handler, inside another.
+#[inline(always)]
+pub(super) fn is_nested() -> bool {
+    seated().is_some_and(|me| me.passage.nested.get() > 0)
 }
 
 /// This thread is between the prepare handler and the parent or child handler.
