@@ -18,7 +18,7 @@ use drive::{
 use handlers::{Act, LATE_LOCK, both_with_locks, early, late, nothing};
 use std::fs::File;
 use std::sync::Barrier;
-use std::sync::atomic::{AtomicBool, AtomicI32, AtomicU32, AtomicUsize, Ordering::SeqCst};
+use std::sync::atomic::{AtomicBool, AtomicI32, AtomicU32, AtomicU64, AtomicUsize, Ordering::SeqCst};
 use std::thread;
 use std::time::Duration;
 
@@ -335,6 +335,30 @@ fn a_signal_in_a_dirty_childs_first_steps() {
     });
 }
 
+/// With the gate open there is nothing that a handler could disturb: other libraries' handlers find the signals as they were, and so does the
+/// child.
+#[test]
+fn a_dirty_fork_is_made_with_its_signals_as_they_were() {
+    static SEEN: [AtomicU64; 2] = [const { AtomicU64::new(0) }; 2];
+    isolated("a_dirty_fork_is_made_with_its_signals_as_they_were", 30, || {
+        freeze();
+        block(&[libc::SIGUSR1]);
+        let before = blocked();
+        let note = || SEEN[0].store(blocked(), SeqCst);
+        let note_in_child = || SEEN[1].store(blocked(), SeqCst);
+        early([note, nothing, note_in_child]);
+        let clean = foreign(|| 0);
+        assert_eq!(reap(clean, SOON), Verdict::Exited(0));
+        assert_ne!(SEEN[0].load(SeqCst), before);
+        let busy = inside("busy");
+        set_foreign_budget(Some(Duration::ZERO));
+        let pid = foreign(|| i32::from(SEEN[1].load(SeqCst) != before || blocked() != before));
+        assert_eq!(SEEN[0].load(SeqCst), before);
+        assert_eq!((reap(pid, SOON), stats().dirty, blocked()), (Verdict::Exited(0), 1, before));
+        drop(busy);
+    });
+}
+
 // -- a registration inside a fork
 
 /// A fork in whose way another thread is that forks itself lets go of other libraries' locks soon, not half way through its budget: the
@@ -483,6 +507,48 @@ fn who_gets_the_seat_of_a_forking_thread_forks_as_anyone() {
             assert_eq!(verdict, Verdict::Exited(0), "{kind:?}");
         }
         assert!(try_no_forking().is_some() && no_child_left());
+    });
+}
+
+/// Another fork that is dirty and under way in the parent is over in the child of a clean one: what this registers is not marked, and its own
+/// dirty fork's child closes it.
+#[test]
+fn a_dirty_fork_of_the_parents_is_none_of_a_clean_childs() {
+    fn null() -> CareFd<File> {
+        CareFd::open(|| File::open("/dev/null")).expect("a care-fd")
+    }
+    fn in_the_child() -> i32 {
+        check(1, !lineage().dirty);
+        let own = null();
+        let busy = inside("busy");
+        let pid = foreign(|| {
+            check(2, lineage().dirty);
+            // SAFETY: no borrowed descriptor is used.
+            check(3, unsafe { postfork_child_noexec() }.is_ok_and(|done| done.closed == 1));
+            i32::from(own.is_open_here())
+        });
+        check(4, reap(pid, SOON) == Verdict::Exited(0));
+        busy.leave();
+        i32::from(stats().dirty != 1)
+    }
+    isolated("a_dirty_fork_of_the_parents_is_none_of_a_clean_childs", 30, || {
+        freeze();
+        COMES.store(1, SeqCst);
+        early([forks_inside_and_stands_still, nothing, nothing]);
+        set_foreign_budget(Some(Duration::ZERO));
+        thread::scope(|s| {
+            let busy = inside("busy");
+            s.spawn(|| {
+                STANDS_STILL.store(gettid(), SeqCst);
+                assert_eq!(reap(foreign(|| i32::from(!lineage().dirty)), SOON), Verdict::Exited(0));
+            });
+            until(|| AMID.load(SeqCst));
+            busy.leave();
+            let pid = coordinated(in_the_child).expect("a fork beside the other");
+            let verdict = reap(pid, SOON);
+            GO_ON.store(true, SeqCst);
+            assert_eq!(verdict, Verdict::Exited(0));
+        });
     });
 }
 
