@@ -459,6 +459,41 @@ fn a_refusal_names_nobody_whom_an_earlier_one_met() {
     });
 }
 
+/// As above, of two foreign ones.
+#[test]
+fn a_dirty_fork_names_nobody_whom_an_earlier_one_met() {
+    static HOLD: AtomicBool = AtomicBool::new(true);
+    isolated("a_dirty_fork_names_nobody_whom_an_earlier_one_met", 60, || {
+        static REACHED: AtomicBool = AtomicBool::new(false);
+        let mut stderr = catch_stderr();
+        freeze();
+        set_foreign_budget(Some(Duration::ZERO));
+        let one = inside("long-gone");
+        ends_well(foreign(|| i32::from(!lineage().dirty)));
+        one.leave();
+        assert!(stderr.text().contains("long-gone"));
+        let _hook = register(Hook::new("slow").prepare(|| {
+            REACHED.store(true, SeqCst);
+            until(|| !HOLD.load(SeqCst));
+        }));
+        let (child, refusal) = thread::scope(|s| {
+            let forks = fork_with_time(s);
+            until(|| REACHED.load(SeqCst));
+            let child = reap(foreign(|| i32::from(!lineage().dirty)), SOON);
+            let refusal = fork_with(&ForkOptions::new().timeout(Duration::ZERO), || 1);
+            HOLD.store(false, SeqCst);
+            drop(forks.join());
+            (child, refusal)
+        });
+        assert_eq!(child, Verdict::Exited(0));
+        let text = stderr.text();
+        assert!(text.ends_with(": another fork did not end\n") && text.lines().count() == 1, "{text}");
+        // Nor is the hook named, which has only begun.
+        let Err(ForkError::Busy { culprits }) = refusal else { panic!("the other was at it") };
+        assert!(culprits.queue && culprits.preparing.is_none() && culprits.count == 0, "{culprits:?}");
+    });
+}
+
 /// A fork that is stuck has a hooked lock in its hands; the dirty child of another thread finds it free, as after a plain fork.
 #[test]
 fn a_dirty_child_finds_no_lock_held_by_another_fork() {
