@@ -9,7 +9,7 @@ mod handlers;
 use carefork::{CareFd, lineage, no_forking, postfork_child_noexec, stats, try_no_forking};
 use common::{Verdict, check, isolated, raw, reap};
 use drive::{BOTH, Kind, MS, SOON, coordinated, foreign, freeze, no_child_left, until};
-use handlers::{early, nothing};
+use handlers::{early, late, nothing};
 use std::fs::File;
 use std::os::fd::AsRawFd;
 use std::ptr;
@@ -211,6 +211,29 @@ fn is_slow() {
         until_step(1);
     }
 }
+
+/// Where errno says nothing, the parent's handler leaves the gate shut until libc's fork has returned. The copy is whole by then all the same, also
+/// where a waiter reopens the gate before child or parent has come so far.
+#[test]
+fn a_commitment_lost_where_errno_says_nothing_is_not_lost() {
+    fn spoils_errno() {
+        // SAFETY: takes nothing.
+        let errno = unsafe { libc::__errno_location() };
+        // SAFETY: the location is this thread's own.
+        unsafe { *errno = libc::EBADF };
+    }
+    isolated("a_commitment_lost_where_errno_says_nothing_is_not_lost", 30, || {
+        share_step();
+        SLOW.store(true, SeqCst);
+        early([nothing, spoils_errno, is_slow]);
+        late([nothing, waits_for_a_thread_at_the_gate, nothing]);
+        let pid = forked_while_one_does(Kind::Coordinated, || drop(no_forking()), || i32::from(lineage().dirty));
+        step().store(1, SeqCst);
+        ends_well(pid);
+        assert_eq!((stats().reopened, stats().thrown_away, stats().forks), (1, 0, 1));
+    });
+}
+
 /// More forks than there are words, while a child has not looked at its own yet: it goes by its copy of the gate.
 #[test]
 fn a_child_slower_than_a_thousand_forks_knows_how_it_was_made() {
@@ -255,6 +278,12 @@ fn each_process_has_one_page_of_words() {
     }
     isolated("each_process_has_one_page_of_words", 60, || {
         assert_eq!(shared_maps(), 0);
+        // A foreign fork has it made as well.
+        ends_well(foreign(|| {
+            ends_well(foreign(|| 0));
+            i32::from(shared_maps() != 1)
+        }));
+        assert_eq!(shared_maps(), 1);
         assert_eq!(generation(1), 0);
     });
 }
