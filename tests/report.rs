@@ -54,6 +54,22 @@ fn hooks_come_in_the_order_of_prepare() {
     });
 }
 
+/// And of a fork that is over no more is said, on both sides.
+#[test]
+fn a_fork_that_is_over_is_not_said() {
+    isolated("a_fork_that_is_over_is_not_said", 20, || {
+        let _hook = register(Hook::new("idle").prepare(|| ()));
+        let nothing_more = || {
+            let seen = report();
+            i32::from(seen.preparing.is_some()) + 2 * i32::from(seen.hooks.is_none_or(|hooks| hooks.len() != 1))
+        };
+        for kind in BOTH {
+            let pid = kind.fork(nothing_more);
+            assert_eq!((reap(pid, SOON), nothing_more()), (Verdict::Exited(0), 0), "{kind:?}");
+        }
+    });
+}
+
 /// The hooks are the fork's; the rest of the report does not wait for it.
 #[test]
 fn a_fork_in_progress_is_said() {

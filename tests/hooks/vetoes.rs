@@ -54,6 +54,31 @@ fn a_veto_makes_a_foreign_fork_dirty() {
     });
 }
 
+/// A fork that has to go along the hooks once more asks once more, and the last answer counts.
+#[test]
+fn a_veto_that_is_taken_back_makes_nothing_dirty() {
+    isolated("vetoes::a_veto_that_is_taken_back_makes_nothing_dirty", 30, || {
+        let asked = Arc::new(AtomicU32::new(0));
+        let counts = Arc::clone(&asked);
+        let _veto = register(Hook::new("says no first").try_prepare(move || match counts.fetch_add(1, SeqCst) {
+            0 => Err("no".into()),
+            _ => Ok(()),
+        }));
+        let lock = Arc::new(Mutex::new(()));
+        let _lock = register(Hook::std_mutex("held", Arc::clone(&lock)).rank(1));
+        drive::freeze();
+        std::thread::scope(|s| {
+            let held = lock.lock().expect("not poisoned");
+            let fork = s.spawn(|| ends_well(foreign(|| i32::from(carefork::lineage().dirty))));
+            // The second time, with the gate open, the lock is waited for.
+            drive::until(|| asked.load(SeqCst) == 2);
+            drop(held);
+            fork.join().expect("the child is well");
+        });
+        assert_eq!(carefork::stats().dirty, 0);
+    });
+}
+
 #[test]
 fn a_panic_in_prepare_is_a_veto() {
     isolated("vetoes::a_panic_in_prepare_is_a_veto", 30, || {
