@@ -11,7 +11,7 @@ use common::{Verdict, check, isolated, raw, reap};
 use drive::{BOTH, Kind, MS, SOON, coordinated, foreign, freeze, no_child_left, until};
 use handlers::{early, late, nothing};
 use std::fs::File;
-use std::os::fd::AsRawFd;
+use std::os::fd::{AsFd, AsRawFd};
 use std::ptr;
 use std::sync::atomic::{AtomicBool, AtomicI32, AtomicPtr, AtomicU32, Ordering::SeqCst};
 use std::thread;
@@ -142,6 +142,34 @@ fn what_is_registered_after_a_lost_commitment_is_left_alone() {
             i32::from(is_open(number.load(SeqCst)))
         }));
         assert_eq!(stats().late, 1);
+        // What is registered from now on is not marked: the next such child closes it.
+        let after = CareFd::open(|| File::open("/dev/null")).expect("opened");
+        early([waits_for_a_thread_at_the_gate, nothing, nothing]);
+        fork_while_one_comes_to_the_gate(Kind::Foreign, || {
+            // SAFETY: as above.
+            i32::from(!unsafe { postfork_child_noexec() }.is_ok_and(|c| c.closed == 2))
+        });
+        assert_eq!(stats().late, 2);
+        drop((before, after));
+    });
+}
+
+/// Its report is lost where nobody reads it, and counted.
+#[test]
+fn a_late_child_that_cannot_say_so_counts_it() {
+    isolated("a_late_child_that_cannot_say_so_counts_it", 30, || {
+        early([waits_for_a_thread_at_the_gate, nothing, nothing]);
+        for (closed, unreported) in [(false, 0), (true, 1)] {
+            let stderr = raw::aside(std::io::stderr().as_fd());
+            // SAFETY: integers only; it is put back below.
+            assert!(!closed || unsafe { libc::close(2) } == 0);
+            fork_while_one_comes_to_the_gate(Kind::Foreign, || {
+                i32::from(!lineage().dirty || stats().unreported != unreported)
+            });
+            // SAFETY: integers only.
+            assert_eq!(unsafe { libc::dup2(stderr.as_raw_fd(), 2) }, 2);
+        }
+        assert_eq!((stats().late, stats().unreported), (2, 0));
     });
 }
 
