@@ -10,8 +10,10 @@ use carefork::{
     ForkError, ForkOptions, Hook, Mutex, Registration, fork_generation, lineage, no_forking, register, stats,
     try_no_forking,
 };
-use common::{Refuse, Setup, Verdict, check, isolated, isolated_with, raw, reap, seccomp_refuse};
-use drive::{BOTH, MS, SOON, Stop, coordinated, foreign, fork_with, freeze, inside, run_clock, until, until_shut};
+use common::{Refuse, Setup, Verdict, check, isolated, isolated_with, raw, reap, seccomp_refuse, status_here};
+use drive::{
+    BOTH, MS, SOON, Stop, block, coordinated, foreign, fork_with, freeze, inside, run_clock, until, until_shut,
+};
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering::SeqCst};
 use std::thread;
 use std::time::Duration;
@@ -358,6 +360,55 @@ fn hooks_do_not_run_in_a_bypass_and_do_in_its_children() {
             0
         });
         pid.into_iter().for_each(ends_well);
+    });
+}
+
+/// A fork of another thread has a hooked lock and std's streams in its hands, and is not here to let go of them. Whoever calls first, that is done,
+/// and the signals are as they were.
+#[test]
+fn what_another_threads_fork_has_is_free() {
+    static LET_GO: AtomicBool = AtomicBool::new(false);
+    fn prints() {
+        drop(std::io::stdout().lock());
+        drop(std::io::stderr().lock());
+    }
+    isolated("what_another_threads_fork_has_is_free", 60, || {
+        static REACHED: AtomicBool = AtomicBool::new(false);
+        // Behind the streams, of whose rank it is: the newest prepares first.
+        let _slow = register(Hook::new("slow").rank(i32::MAX).prepare(|| {
+            REACHED.store(true, SeqCst);
+            until(|| LET_GO.load(SeqCst));
+        }));
+        let _streams = carefork::stdio::guard();
+        let mutex = std::sync::Arc::new(std::sync::Mutex::new(()));
+        let _mutex = register(Hook::std_mutex("mutex", std::sync::Arc::clone(&mutex)));
+        freeze();
+        block(&[libc::SIGUSR1]);
+        let blocked = || status_here().map_or(!0, |s| s.sig_blk);
+        let before = blocked();
+        // Looked at in the end: a panic here would wait for standard error.
+        let verdicts = thread::scope(|s| {
+            let _let_go = Stop(&LET_GO);
+            s.spawn(|| ends_well(fork_with(&ForkOptions::new().timeout_never(), || 0).expect("no budget")));
+            until(|| REACHED.load(SeqCst));
+            let held = mutex.try_lock().is_err();
+            let mut verdicts = vec![if held { Verdict::Exited(0) } else { Verdict::Lost }];
+            for (way, by_another) in WAYS.into_iter().flat_map(|way| [(way, false), (way, true)]) {
+                let pid = way.fork(|| {
+                    if by_another {
+                        check(1, thread::spawn(|| drop(no_forking())).join().is_ok());
+                    }
+                    check(2, lineage().bypass && fork_generation() == 1 && blocked() == before);
+                    check(3, mutex.try_lock().is_ok() && carefork::report().preparing.is_none());
+                    prints();
+                    0
+                });
+                verdicts.extend(pid.map(|pid| reap(pid, SOON)));
+            }
+            verdicts
+        });
+        assert!(verdicts.iter().all(|v| *v == Verdict::Exited(0)), "{verdicts:?}");
+        prints();
     });
 }
 

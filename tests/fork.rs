@@ -449,6 +449,13 @@ fn turned_off_by_the_environment() {
         assert_eq!(code(&mut forked(&ForkOptions::new().timeout_never(), |_| 3)), 3);
         assert_eq!(reap(foreign(|| 4), SOON), Verdict::Exited(4));
         drop(mine);
+        // No child is told, so none is known to be a bypass; and none is at rest.
+        let seen_in_child = || {
+            let seen = carefork::lineage();
+            i32::from((seen.generation, seen.dirty, seen.bypass) != (1, true, false))
+        };
+        assert_eq!(reap(foreign(seen_in_child), SOON), Verdict::Exited(0));
+        assert_eq!(code(&mut forked(&ForkOptions::new(), |_| seen_in_child())), 0);
         // SAFETY: the closure does nothing.
         assert_eq!(code(&mut unsafe { carefork::spawn(|| 5) }.expect("a child")), 5);
         assert_eq!(calls.ran(), Ran::default());

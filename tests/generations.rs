@@ -246,6 +246,8 @@ fn lineage_and_counters() {
         let s = carefork::stats();
         assert_eq!((s.forks, s.foreign, s.in_region, s.refused, s.thrown_away), (1, 2, 1, 2, 1));
         assert_eq!((s.dirty, s.reopened, s.unreported), (0, 0, 0));
+        assert!(carefork::Command::new("true").status().is_ok_and(|s| s.success()));
+        assert_eq!(carefork::stats().programs, 1);
         let mut child = forked(&ForkOptions::new(), |_| {
             let of_child = carefork::lineage();
             check(1, (of_child.generation, of_child.dirty, of_child.bypass) == (1, false, false));

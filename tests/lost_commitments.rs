@@ -6,7 +6,7 @@ mod common;
 mod drive;
 mod handlers;
 
-use carefork::{CareFd, lineage, no_forking, postfork_child_noexec, stats, try_no_forking};
+use carefork::{CareFd, Stats, lineage, no_forking, postfork_child_noexec, stats, try_no_forking};
 use common::{Verdict, check, isolated, raw, reap};
 use drive::{BOTH, Kind, MS, SOON, coordinated, foreign, freeze, no_child_left, until};
 use handlers::{early, late, nothing};
@@ -107,6 +107,9 @@ fn a_commitment_lost_before_the_fork() {
         fork_while_one_comes_to_the_gate(Kind::Foreign, || child(true));
         assert_eq!((stats().reopened, stats().thrown_away, stats().late), (2, 1, 1));
         assert_eq!(step().load(SeqCst), 2);
+        // None of that is the next child's.
+        early([nothing, nothing, nothing]);
+        ends_well(foreign(|| i32::from(stats() != Stats::default())));
         assert!(no_child_left() && try_no_forking().is_some());
     });
 }
