@@ -284,6 +284,29 @@ fn what_an_unclean_child_opened_is_closed_in_a_bypass_of_its_own() {
     });
 }
 
+/// What every child closes at its fork nobody closed here: the clean-up does.
+#[test]
+fn what_is_closed_at_the_fork_is_closed_by_a_bypass_that_cleans_up() {
+    isolated("what_is_closed_at_the_fork_is_closed_by_a_bypass_that_cleans_up", 60, || {
+        let null = || std::fs::File::open("/dev/null");
+        let own = carefork::CareFd::open_on(carefork::OnFork::Close, null).expect("opened");
+        let number = std::os::fd::AsRawFd::as_raw_fd(&own);
+        // SAFETY: integers only.
+        let is_open = || unsafe { libc::fcntl(number, libc::F_GETFD) } != -1;
+        for pid in WAYS.into_iter().filter_map(|way| {
+            way.fork(|| {
+                // SAFETY: nothing that is closed is used.
+                let done = unsafe { carefork::postfork_child_noexec() };
+                check(1, done.is_ok_and(|done| done.closed == 1));
+                i32::from(is_open())
+            })
+        }) {
+            ends_well(pid);
+        }
+        assert!(is_open());
+    });
+}
+
 /// The first process of a PID namespace, and the first one of a namespace inside that.
 #[test]
 fn a_bypass_with_the_same_pid_is_noticed() {
