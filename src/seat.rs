@@ -42,6 +42,16 @@ pub(crate) enum Word {
     Rw = 1,
 }
 
+impl Word {
+    /// The bits of such a word that say that somebody sleeps.
+    pub(crate) const fn sleepers(self) -> u32 {
+        match self {
+            Word::Mutex => 1 << 31,
+            Word::Rw => 7 << 28,
+        }
+    }
+}
+
 /// A seat without a thread.
 pub(crate) const VACANT: u32 = 0;
 /// A seat whose thread was left behind by a dirty fork or a bypass: its locks are held for ever, it is not given out again.
@@ -179,16 +189,16 @@ impl Slot {
     }
 
     /// In a child that a signal handler forked while this thread slept for a lock whose owner is not here: the kernel goes on with the
-    /// sleep when the handler returns, but for a word that has changed. `bits` say that others sleep, who are not here either.
+    /// sleep when the handler returns, but for a word that has changed. Others who sleep are not here either.
     #[cfg(not(loom))]
-    pub(crate) fn end_sleep(&self, bits: impl FnOnce(Word) -> u32) {
+    pub(crate) fn end_sleep(&self) {
         let (at, kind) = self.waits_at();
         if !at.is_null() {
             // SAFETY: `sleeps` was given it by a wait for a lock that has not come to its `woke`: it is further down on this thread's
             // stack, and borrows the lock.
             #[allow(unsafe_code)]
             let word = unsafe { AtomicU32::from_ptr(at) };
-            word.fetch_and(!bits(kind), Relaxed);
+            word.fetch_and(!kind.sleepers(), Relaxed);
         }
     }
 

@@ -28,16 +28,7 @@ pub use rwlock::{
 };
 
 use crate::clock;
-use crate::gate::Word;
 use std::time::{Duration, Instant};
-
-/// The bits of a lock's word that say that others sleep.
-pub(crate) fn waiting_bits(word: Word) -> u32 {
-    match word {
-        Word::Mutex => word_mutex::WAIT,
-        Word::Rw => word_rw::WAITS,
-    }
-}
 
 /// The time as `clock` counts it.
 fn deadline_after(d: Duration) -> u64 {

@@ -17,7 +17,7 @@ use crate::sync::{self, ANY, AtomicU32, Ordering, Wake, fault};
 use Ordering::{Acquire, Relaxed, Release};
 
 /// Somebody may sleep on the word.
-pub(crate) const WAIT: u32 = 1 << 31;
+pub(crate) const WAIT: u32 = Word::Mutex.sleepers();
 
 /// How often a taken lock is looked at before its thread sleeps.
 const LOOKS: u32 = if cfg!(loom) { 0 } else { 40 };

@@ -28,7 +28,8 @@ const WRITERS_WAIT: u32 = 1 << 29;
 const UPGRADER_WAITS: u32 = 1 << 28;
 const UPGRADABLE: u32 = 1 << 27;
 pub(super) const COUNT: u32 = UPGRADABLE - 1;
-pub(crate) const WAITS: u32 = READERS_WAIT | WRITERS_WAIT | UPGRADER_WAITS;
+const WAITS: u32 = READERS_WAIT | WRITERS_WAIT | UPGRADER_WAITS;
+const _: () = assert!(WAITS == Word::Rw.sleepers());
 
 const LOOKS: u32 = if cfg!(loom) { 0 } else { 40 };
 /// How long a writer in a process with ghosts waits for readers from before the fork, who may be the forking thread's own.

@@ -3,7 +3,6 @@
 #![allow(unsafe_code)]
 
 use super::*;
-use crate::locks;
 
 /// A bypass child comes here on its first call (G10).
 #[inline]
@@ -140,7 +139,7 @@ pub(super) fn take_over(ghosts: bool) {
     if ghosts {
         STATE.gate.set_ghosts();
         if let Some(s) = me {
-            s.end_sleep(locks::waiting_bits);
+            s.end_sleep();
         }
     }
     STATE.gate.reset();
