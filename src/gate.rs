@@ -718,6 +718,8 @@ impl<S: Seats> Gate<S> {
     /// In the child, where nobody else is: every word as if new, whatever it was copied as. Seats are the table's to mend.
     ///
     /// Overwriting, not undoing: a count or a bit that a thread left behind would stay for ever.
+    // Into its caller, which lies with the code that children run: another page of code is a fault.
+    #[inline(always)]
     pub(crate) fn reset(&self) {
         let w = self.word.load(Relaxed);
         self.word.store((w & !STATE).wrapping_add(EPOCH) | self.mode.load(Relaxed), Relaxed);
