@@ -335,6 +335,8 @@ impl<S: Seats> Gate<S> {
     }
 
     /// After the copy, by parent or child: whether the gate was shut to its end.
+    // Into its callers: as `reset`.
+    #[inline(always)]
     pub(crate) fn settle(&self, shut: u32) -> bool {
         let said = self.seats.verdict(shut).and_then(|word| verdict::settle(word, shut));
         said.unwrap_or_else(|| self.still_shut(shut))
