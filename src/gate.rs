@@ -725,6 +725,8 @@ impl<S: Seats> Gate<S> {
     pub(crate) fn reset(&self) {
         let w = self.word.load(Relaxed);
         self.word.store((w & !STATE).wrapping_add(EPOCH) | self.mode.load(Relaxed), Relaxed);
+        // On, as the word: a signal handler may have forked while its thread slept on it, which it goes on with.
+        self.asks.store(self.asks.load(Relaxed).wrapping_add(1), Relaxed);
         self.committed.store(0, Relaxed);
         for word in [
             &self.waiters,
@@ -732,7 +734,6 @@ impl<S: Seats> Gate<S> {
             &self.drain,
             &self.sleeping,
             &self.drained,
-            &self.asks,
             &self.role,
             &self.queued,
             &self.turn,
